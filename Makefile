@@ -1,0 +1,91 @@
+# Everything a person does with memlib. Personal settings (TORCH, PYTHON, LAB_ARGS …) go in local.mk.
+-include local.mk
+
+# The build of torch: cpu or cuda. An environment that is there keeps the one it has.
+TORCH ?= $(if $(wildcard .venv/.locked-cuda),cuda,cpu)
+PYTHON ?=
+LAB_ARGS ?=
+PYTEST_ARGS ?=
+LOCK_ARGS ?=
+
+ifeq ($(filter cpu cuda,$(TORCH)),)
+$(error TORCH=$(TORCH): the lock has two builds of torch, cpu and cuda; for example make env TORCH=cuda)
+endif
+
+BIN := .venv/bin
+ENV := .venv/.locked-$(TORCH)
+# For what must also work while there is no environment, or a broken one.
+ANY_PYTHON := $(firstword $(wildcard $(BIN)/python) $(PYTHON) python3)
+
+# Two torch threads on two busy cores can be ten times slower than one.
+test test-fast notebooks: export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help lab test test-fast notebooks lint format types doctor docs docs-check table lock \
+	lock-check env extras clean
+
+help: ## List what make can do
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+lab: $(ENV) ## Open the lab in a browser; options: LAB_ARGS="--no-browser --port=9999"
+	@echo "Starting JupyterLab; Ctrl-C stops it."
+	@JUPYTER_CONFIG_PATH="$(CURDIR)/environment/jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
+		exec $(BIN)/python -m jupyterlab $(LAB_ARGS)
+
+test: $(ENV) ## Run every test and every notebook; options: PYTEST_ARGS="-k recall"
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
+		$(PYTEST_ARGS) tests $(wildcard notebooks)
+
+test-fast: $(ENV) ## Run the tests that take seconds: no notebooks, nothing that learns
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) tests
+
+notebooks: $(ENV) ## Run all notebooks in place and store what they show
+	$(BIN)/python -m memlib.lab.notebooks run notebooks/*.ipynb
+
+lint: $(ENV) ## Check style and format, notebooks too
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(ENV) ## Mend style and format where a tool can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(ENV) ## Check the types
+	$(BIN)/mypy
+
+doctor: ## Say what this machine and its environment can do
+	@PYTHONSAFEPATH=1 $(ANY_PYTHON) memlib/doctor.py
+
+docs: $(ENV) ## Write docs/config.md from the configuration's own documentation
+	$(BIN)/python -m memlib.cli config docs --out docs/config.md
+
+docs-check: $(ENV) ## Fail if docs/config.md is out of date
+	$(BIN)/python -m memlib.cli config docs --out .venv/config.md
+	@diff -u docs/config.md .venv/config.md || \
+		{ echo "docs/config.md is out of date; 'make docs' writes it anew"; exit 1; }
+
+table: $(ENV) ## Measure the recall table on this machine
+	$(BIN)/memlib table recall
+
+lock: ## Bring the lock files up to pyproject.toml; newest versions: LOCK_ARGS=--upgrade
+	@test -x $(BIN)/uv || $(MAKE) --no-print-directory env
+	$(BIN)/python environment/lock.py $(LOCK_ARGS)
+
+lock-check: ## Fail if the lock files do not satisfy pyproject.toml
+	@$(ANY_PYTHON) environment/lock.py --check
+
+env: $(ENV) ## Make .venv from the lock files; with CUDA: TORCH=cuda
+	@echo ".venv is as locked, with the $(TORCH) build of torch"
+
+$(ENV): pyproject.toml environment/base.txt environment/torch-$(TORCH).txt
+	@bash environment/env.sh $(TORCH) $(PYTHON)
+
+extras: .venv/.locked-extras ## Add what pretrained models need to .venv
+
+.venv/.locked-extras: $(ENV) environment/extras.txt
+	@bash environment/env.sh extras
+
+clean: ## Remove .venv, caches and build leftovers
+	rm -rf .venv build dist *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	find . -name .ipynb_checkpoints -prune -exec rm -rf {} +

@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# Make or bring up to date .venv from the lock files, and from nothing else:
+#   env.sh cpu|cuda [python]   the environment with that build of torch, and memlib itself
+#   env.sh extras              what the pretrained extra adds to it
+# `make env` and `make extras` run this when a lock file has changed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=.venv/bin/python
+log=.venv/install.log
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+stop() {
+    printf '%s\n' "$@" >&2
+    exit 1
+}
+
+# One line for each step, with its seconds; the end of the log where it fails.
+step() {
+    local what=$1 start=$SECONDS
+    shift
+    printf '  %-58s' "$what"
+    if "$@" >>"$log" 2>&1; then
+        printf '%4d s\n' $((SECONDS - start))
+    else
+        printf 'failed\n'
+        tail -n 20 "$log" >&2
+        stop "" "That was the end of $PWD/$log; 'make env' takes up where it stopped."
+    fi
+}
+
+# --no-deps and the hashes: nothing is installed that the lock does not name.
+install() {
+    "$python" -m pip install --progress-bar off --no-compile --no-deps --require-hashes \
+        -r "environment/$1"
+}
+
+# Left to pip this takes one core, left to the imports it slows each one down. A package may hold a
+# file for a later Python, which does not compile and is no fault.
+compile() { "$python" -m compileall -qq -j 0 .venv/lib/python3.11/site-packages || true; }
+
+is_311() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; }
+
+find_python() {
+    local candidate
+    for candidate in ${1:-python3.11 python3 python}; do
+        if is_311 "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    stop "memlib needs Python 3.11; found $("${1:-python3}" --version 2>&1 || true) (${1:-python3})." \
+        "Install it (Debian 12: apt install python3.11 python3.11-venv) or name one:" \
+        "  make env PYTHON=/path/to/python3.11"
+}
+
+make_venv() {
+    local base
+    base=$(find_python "${1:-}")
+    "$base" -c 'import ensurepip, venv' 2>/dev/null || stop \
+        "$("$base" --version) at $(command -v "$base") cannot make virtual environments: it has no ensurepip." \
+        "On Debian and Ubuntu: apt install python3.11-venv"
+    rm -rf .venv && mkdir .venv
+    step "virtual environment, $("$base" --version)" "$base" -m venv --prompt memlib .venv
+}
+
+if [ "$1" = extras ]; then
+    step "packages for pretrained models" install extras.txt
+    step "compile them" compile
+    step "check that all fit together" "$python" -m pip check
+    touch .venv/.locked-extras
+    exit
+fi
+
+torch=$1
+other=$([ "$torch" = cpu ] && echo cuda || echo cpu)
+echo "Making .venv from the lock (the first time: about 3 GB and 2 to 5 minutes)"
+"$python" -m pip --version >/dev/null 2>&1 && is_311 "$python" || make_venv "${2:-}"
+# pip takes either build for the other: 2.13.0+cpu satisfies ==2.13.0.
+if [ -e ".venv/.locked-$other" ]; then
+    step "remove torch, $other build" "$python" -m pip uninstall -y -r "environment/torch-$other.txt"
+    rm ".venv/.locked-$other"
+fi
+step "packages" install base.txt
+step "torch ($torch build) and Triton" install "torch-$torch.txt"
+step "compile them" compile
+step "memlib" "$python" -m pip install --no-index --no-deps --no-build-isolation -e .
+step "check that all fit together" "$python" -m pip check
+touch ".venv/.locked-$torch"

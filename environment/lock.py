@@ -1,0 +1,120 @@
+"""Write the lock files from pyproject.toml, or check that they satisfy it.
+
+Without an option it keeps every pin that is still in range. README.md says what each file is for.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PYPROJECT = HERE.parent / "pyproject.toml"
+BASE, CPU, CUDA, EXTRAS = FILES = ("base.txt", "torch-cpu.txt", "torch-cuda.txt", "extras.txt")
+HEAD = "# Written by environment/lock.py from pyproject.toml: change that, then `make lock`.\n"
+
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# PyPI has no CPU builds for Linux, so no resolution can know them: here is the published sha256 of
+# torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_{x86_64,aarch64}.whl. Only x86_64 has been installed.
+CPU_WHEELS = {
+    "2.13.0": [
+        "6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",
+        "84453b69508ec79902f899c5ed9495acb9e2bbe9fda5f1d5d6f19e3c3842e1a7",
+    ]
+}
+PIN = re.compile(r"^([\w.-]+)==([^\s;]+)[^\\\n]*(?: \\\n    --hash=sha256:[0-9a-f]{64})+$", re.M)
+TORCH = re.compile(r"(torch|triton|nvidia-.*|cuda-.*)$")
+
+
+def resolve(extras: list[str], preferred: str) -> dict[str, str]:
+    """uv's resolution for Python 3.11 and all platforms: name to lock entry, near `preferred`."""
+    entries: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "lock.txt")
+        output.write_text(preferred)
+        command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--universal"]
+        command += ["--python-version=3.11", "--generate-hashes", "--no-header", "--no-annotate"]
+        command += [f"--extra={extra}" for extra in extras]
+        command += [f"--output-file={output}", str(PYPROJECT)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        for entry in re.split(r"\n(?=\S)", output.read_text().strip()):
+            # uv resolves for later Pythons too, and forks where their answer differs.
+            if not re.match(r".*python_full_version >= '3\.1[2-9]'", entry):
+                name = entry.partition("==")[0]
+                entries[name] = entries.get(name, "") + entry + "\n"
+    return entries
+
+
+def write(upgrade: bool) -> None:
+    """Resolve with and without the pretrained extra, cut by name, write the four files."""
+    full = resolve(["dev", "pretrained"], "" if upgrade else read(BASE) + read(CUDA) + read(EXTRAS))
+    lean = resolve(["dev"], "".join(full.values()))
+    version = PIN.match(full["torch"])[2]
+    if version not in CPU_WHEELS:
+        sys.exit(
+            f"torch {version} has no CPU build recorded: add the sha256 of its cp311 Linux wheels, "
+            f"listed at {CPU_INDEX}/torch/, to CPU_WHEELS in environment/lock.py"
+        )
+    digests = "".join(f" \\\n    --hash=sha256:{digest}" for digest in CPU_WHEELS[version])
+    on_linux = f"torch=={version}+cpu ; sys_platform == 'linux'{digests}\n"
+    elsewhere = full["torch"].replace(" \\", " ; sys_platform != 'linux' \\", 1)
+    rest = [name for name in full if not TORCH.match(name)]
+    for file, entries in {
+        BASE: [full[name] for name in rest if name in lean],
+        CPU: [f"--extra-index-url {CPU_INDEX}\n", on_linux, elsewhere, full["triton"]],
+        CUDA: [full[name] for name in full if TORCH.match(name)],
+        EXTRAS: [full[name] for name in rest if name not in lean],
+    }.items():
+        (HERE / file).write_text(HEAD + "".join(entries))
+
+
+def check() -> list[str]:
+    """What keeps the lock files from satisfying pyproject.toml, a line each."""
+    wrong, pins = [], {}
+    for file in FILES:
+        pins[file] = dict(PIN.findall(read(file)))
+        for line in PIN.sub("", read(file)).splitlines():
+            if line and line[0] != "#" and (file, line) != (CPU, f"--extra-index-url {CPU_INDEX}"):
+                wrong.append(f"{file}: neither a pin nor its hash: {line.strip()}")
+    table = tomllib.loads(PYPROJECT.read_text())
+    optional = table["project"]["optional-dependencies"]
+    base = table["build-system"]["requires"] + table["project"]["dependencies"] + optional["dev"]
+    needs = [(need, files) for need in base for files in ((BASE, CPU), (BASE, CUDA))]
+    needs += [(need, (BASE, EXTRAS)) for need in optional["pretrained"]]
+    for need, files in needs:
+        name, specifier = re.match(r"([\w.-]+)(?:\[.*?\])?\s*([^;]*)", need).groups()
+        version = next((pins[f][name.lower()] for f in files if name.lower() in pins[f]), None)
+        if version is None:
+            wrong.append(f"{' and '.join(files)}: no pin for {name}")
+        elif not in_range(version, specifier):
+            wrong.append(f"{' and '.join(files)}: {name}=={version} is not {specifier.strip()}")
+    return wrong
+
+
+def in_range(version: str, specifier: str) -> bool:
+    """Whether a version meets '>=2.13,<2.14'; a local part ('+cpu') counts for nothing."""
+    for order, bound in re.findall(r"(>=|<=|==|<|>)\s*([\d.]+)", specifier):
+        a, b = ([int(n) for n in v.partition("+")[0].split(".")] for v in (version, bound))
+        a, b = a + [0] * (len(b) - len(a)), b + [0] * (len(a) - len(b))
+        if not {">=": a >= b, "<=": a <= b, "==": a == b, "<": a < b, ">": a > b}[order]:
+            return False
+    return True
+
+
+def read(file: str) -> str:
+    return (HERE / file).read_text() if (HERE / file).exists() else ""
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare with pyproject.toml only")
+    parser.add_argument("--upgrade", action="store_true", help="take the newest versions in range")
+    options = parser.parse_args()
+    if not options.check:
+        write(options.upgrade)
+    if problems := check():
+        sys.exit("\n".join([*problems, "`make lock` writes the lock files anew"]))
+    print("lock: the files in environment/ satisfy pyproject.toml")

@@ -1,0 +1,58 @@
+"""memlib: a notebook-first lab for transformers that remember.
+
+Names are imported when first used, so that `import memlib` is quick and loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "memlib.config": [
+        "Config",
+        "ConfigError",
+        "InternalMemoryConfig",
+        "MemoryConfig",
+        "ModelConfig",
+        "TaskConfig",
+        "TrainingConfig",
+        "get_memory_bank_assignments",
+        "get_memory_layer_indices",
+        "load_config",
+        "override",
+        "save_config",
+    ],
+    "memlib.memory": ["MEMORIES", "InternalMemory", "Memory", "State"],
+    "memlib.models": ["MemoryState", "MemoryTransformer", "MemoryTransformerBlock", "ModelOutput"],
+    "memlib.models.info": [
+        "count_parameters",
+        "format_params",
+        "get_model_size_mb",
+        "print_model_info",
+    ],
+    "memlib.nn.attention": ["SelfAttention"],
+    "memlib.nn.mlp": ["MLP"],
+    "memlib.nn.norm": ["RMSNorm"],
+    "memlib.nn.rotary": ["RotaryPositionalEmbedding"],
+    "memlib.tasks": ["TASKS", "make_task"],
+    "memlib.training.checkpoint": ["load_checkpoint", "save_checkpoint", "set_seed"],
+    "memlib.training.optimizer": ["get_cosine_schedule", "get_linear_schedule"],
+    "memlib.training.trainer": ["Trainer", "load_run"],
+    "memlib.evaluation": ["evaluate"],
+    "memlib.lab.trace": ["Trace", "record"],
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+__all__ = ["__version__", *sorted(_MODULE_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'memlib' has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

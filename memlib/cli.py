@@ -1,0 +1,187 @@
+"""The front door: `memlib train | eval | table | config | doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from memlib.config import (
+    Config,
+    ConfigError,
+    load_config,
+    override,
+    parse_overrides,
+    preset_names,
+    reference,
+    to_dict,
+)
+
+EPILOG = """examples:
+  memlib train recall_internal --seeds 0 1 2         runs/recall_internal/seed-0 …
+  memlib train my.yaml training.max_steps=500 --out runs/mine
+  memlib eval runs/recall_internal/seed-0 --segments 4 32 --json result.json
+  memlib table recall                                train, measure and print a whole table
+  memlib config show recall_internal                 every field of a preset
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; errors that a person can mend come out as one line and exit status 2."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ConfigError, ValueError, OSError, RuntimeError) as error:
+        print(f"memlib: {error}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="memlib",
+        description="Train, measure and look inside transformers that remember.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("train", help="train a configuration")
+    command.add_argument("config", help="a YAML file or a preset: " + ", ".join(preset_names()))
+    command.add_argument("changes", nargs="*", metavar="path=value", help="e.g. training.max_steps=100")
+    command.add_argument("--seeds", type=int, nargs="+", help="one run for each (default: the config's)")
+    command.add_argument("--out", type=Path, help="folder of the run(s) (default: runs/CONFIG)")
+    command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    command.set_defaults(run=train)
+
+    command = commands.add_parser("eval", help="measure trained runs")
+    command.add_argument("runs", nargs="+", type=Path, help="folders of runs, or of their seeds")
+    command.add_argument("--segments", type=int, nargs="+", default=[4, 32], help="lengths to measure at")
+    command.add_argument("--json", type=Path, help="also write the results here")
+    command.set_defaults(run=evaluate)
+
+    command = commands.add_parser("table", help="train and measure one of the README's tables")
+    command.add_argument("name", choices=["recall", "rewrite"])
+    command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    command.add_argument("--segments", type=int, nargs="+", default=[4, 32])
+    command.add_argument("--out", type=Path, default=Path("runs"), help="finished runs in it are reused")
+    command.add_argument("--json", type=Path, help="default: OUT/NAME.json")
+    command.set_defaults(run=table)
+
+    command = commands.add_parser("config", help="show, check or document configurations")
+    what = command.add_subparsers(required=True, metavar="WHAT")
+    show = what.add_parser("show", help="print every field")
+    show.add_argument("config")
+    show.add_argument("changes", nargs="*", metavar="path=value")
+    show.set_defaults(run=config_show)
+    validate = what.add_parser("validate", help="check files or presets")
+    validate.add_argument("configs", nargs="+")
+    validate.set_defaults(run=config_validate)
+    docs = what.add_parser("docs", help="the reference of every field, as Markdown")
+    docs.add_argument("--out", type=Path)
+    docs.set_defaults(run=config_docs)
+
+    command = commands.add_parser("doctor", help="say what this machine can do", add_help=False)
+    command.add_argument("rest", nargs=argparse.REMAINDER)
+    command.set_defaults(run=doctor)
+    return parser
+
+
+def read_config(name: str, changes: list[str]) -> Config:
+    return override(load_config(name), parse_overrides(changes))
+
+
+def train(arguments: argparse.Namespace) -> int:
+    from memlib.models import MemoryTransformer
+    from memlib.models.info import print_model_info
+    from memlib.training.trainer import Trainer
+
+    config = read_config(arguments.config, arguments.changes)
+    print_model_info(MemoryTransformer(config), config)
+    out = arguments.out or Path("runs", Path(arguments.config).stem)
+    for seed in arguments.seeds or [config.training.seed]:
+        folder = out / f"seed-{seed}" if arguments.seeds or not arguments.out else out
+        trainer = Trainer(override(config, {"training.seed": seed}), folder, arguments.resume)
+        trainer.train()
+        score = trainer.evaluate()
+        print(
+            f"{folder}: {trainer.step} steps, {trainer.cpu_seconds:.1f} CPU-s, test accuracy "
+            f"{score.accuracy:.4f} (chance {score.chance:.4f}), loss {score.loss:.4f}"
+        )
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    from memlib.training.comparison import measure, to_markdown, write_json
+    from memlib.training.trainer import load_run
+
+    folders = [seed for run in arguments.runs for seed in (sorted(run.glob("seed-*")) or [run])]
+    results = []
+    for folder in folders:
+        name = folder.parent.name if folder.name.startswith("seed-") else folder.name
+        results.append(measure(load_run(folder), name, arguments.segments))
+    print(to_markdown(results))
+    if arguments.json:
+        write_json(results, arguments.json)
+    return 0
+
+
+def table(arguments: argparse.Namespace) -> int:
+    from memlib.training.comparison import compare, named_comparison, to_markdown, write_json
+
+    configs = named_comparison(arguments.name)
+    results = compare(configs, arguments.seeds, arguments.segments, arguments.out)
+    target = arguments.json or arguments.out / f"{arguments.name}.json"
+    write_json(results, target)
+    print(to_markdown(results))
+    print(f"\nwritten to {target}")
+    return 0
+
+
+def config_show(arguments: argparse.Namespace) -> int:
+    import yaml
+
+    config = read_config(arguments.config, arguments.changes)
+    print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+    return 0
+
+
+def config_validate(arguments: argparse.Namespace) -> int:
+    for name in arguments.configs:
+        load_config(name)
+        print(f"{name}: valid")
+    return 0
+
+
+def config_docs(arguments: argparse.Namespace) -> int:
+    lines = [
+        "# Configuration reference",
+        "",
+        "Written by `make docs` from the dataclasses in `memlib/config/schema.py`; do not edit.",
+        "A YAML file holds any part of it; what it leaves out has the default below.",
+        "Shipped presets, usable by bare name: " + ", ".join(f"`{name}`" for name in preset_names()) + ".",
+    ]
+    for path, kind, default, doc in reference():
+        if kind == "group":
+            lines += ["", f"## {path}", "", f"{doc[0].upper()}{doc[1:]}.", "", "| field | type | default | what it is |"]
+            lines += ["| --- | --- | --- | --- |"]
+        else:
+            cells = (f"`{path}`", kind, f"`{default}`", doc)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    text = "\n".join(lines) + "\n"
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text, encoding="utf-8")
+    else:
+        print(text, end="")
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    from memlib.doctor import main as report
+
+    return report(arguments.rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Configuration: dataclasses, YAML in and out, and errors that name the full path of what is wrong.
+
+One `Config` describes a run: `model` (the transformer), `memory` (what remembers, where, how it is
+fused), `task` (what it is trained on) and `training` (how). Each field carries its documentation and its
+limits, so that validation, `memlib config show` and `docs/config.md` have one source.
+"""
+
+from __future__ import annotations
+
+from memlib.config.files import (
+    load_config,
+    parse_overrides,
+    preset_names,
+    reference,
+    save_config,
+    to_dict,
+)
+from memlib.config.schema import (
+    Config,
+    ConfigError,
+    CopyConfig,
+    InternalMemoryConfig,
+    MemoryConfig,
+    ModelConfig,
+    PasskeyConfig,
+    QaConfig,
+    RecallConfig,
+    Stage,
+    TaskConfig,
+    TextConfig,
+    TrainingConfig,
+    get_memory_bank_assignments,
+    get_memory_layer_indices,
+    option,
+)
+from memlib.config.validation import from_dict, override, validate
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "CopyConfig",
+    "InternalMemoryConfig",
+    "MemoryConfig",
+    "ModelConfig",
+    "PasskeyConfig",
+    "QaConfig",
+    "RecallConfig",
+    "Stage",
+    "TaskConfig",
+    "TextConfig",
+    "TrainingConfig",
+    "from_dict",
+    "get_memory_bank_assignments",
+    "get_memory_layer_indices",
+    "load_config",
+    "option",
+    "override",
+    "parse_overrides",
+    "preset_names",
+    "reference",
+    "save_config",
+    "to_dict",
+    "validate",
+]

@@ -1,0 +1,87 @@
+"""Configurations in and out: YAML files, shipped presets, overrides by path, the reference table."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from memlib.config.schema import Config, ConfigError
+from memlib.config.validation import describe, from_dict
+
+
+def parse_overrides(words: list[str]) -> dict[str, Any]:
+    """`["training.max_steps=10"]` -> `{"training.max_steps": 10}`; values are read as YAML."""
+    changes = {}
+    for word in words:
+        path, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError(f"{word!r}: expected path=value, e.g. training.max_steps=100")
+        changes[path] = yaml.safe_load(value)
+    return changes
+
+
+def preset_names() -> list[str]:
+    """Names of the configs that ship with the package."""
+    folder = resources.files("memlib") / "configs"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def load_config(path: str | os.PathLike[str]) -> Config:
+    """Read a YAML file, or a shipped preset by its bare name (`load_config("recall_internal")`).
+
+    Raises ConfigError for a file that does not exist, does not parse or does not validate.
+    """
+    file = Path(path)
+    if file.suffix not in (".yaml", ".yml") and not file.exists():
+        if str(path) not in preset_names():
+            raise ConfigError(f"{path}: no such file or preset; presets: {', '.join(preset_names())}")
+        text = (resources.files("memlib") / "configs" / f"{path}.yaml").read_text(encoding="utf-8")
+    elif not file.is_file():
+        raise ConfigError(f"{path}: no such file; presets by bare name: {', '.join(preset_names())}")
+    else:
+        text = file.read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    return from_dict(Config, values or {})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dictionaries, ready for YAML or JSON."""
+    return dataclasses.asdict(config)
+
+
+def save_config(config: Config, path: str | os.PathLike[str]) -> None:
+    """Write all fields as YAML, atomically: the file is whole or as it was."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(target.name + ".part")
+    scratch.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    os.replace(scratch, target)
+
+
+def reference(kind: type = Config, path: str = "") -> list[tuple[str, str, str, str]]:
+    """(path, type, default, documentation) of every field, in order: what docs/config.md prints."""
+    rows = []
+    hints = get_type_hints(kind)
+    for f in fields(kind):
+        here = f"{path}.{f.name}" if path else f.name
+        default = getattr(kind(), f.name)
+        if is_dataclass(default):
+            rows.append((here, "group", "", f.metadata["doc"]))
+            rows += reference(hints[f.name], here)
+        else:
+            rows.append((here, describe(hints[f.name]), yaml_scalar(default), f.metadata["doc"]))
+    return rows
+
+
+def yaml_scalar(value: Any) -> str:
+    """A default as it would stand in a YAML file."""
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()

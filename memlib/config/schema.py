@@ -1,0 +1,258 @@
+"""The groups of a configuration: every field with its default, its documentation and its limits.
+
+A memory adds itself with one dataclass and one field of `MemoryConfig` named as it is registered; a task
+with one dataclass and one field of `TaskConfig`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the path, the value and the remedy."""
+
+
+def option(default: Any, doc: str, low: float | None = None, high: float | None = None) -> Any:
+    """A dataclass field with its documentation and its inclusive limits."""
+    metadata = {"doc": doc, "low": low, "high": high}
+    if isinstance(default, (list, dict)) or callable(default):
+        factory = default if callable(default) else (lambda: type(default)(default))
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The transformer itself."""
+
+    hidden_dim: int = option(768, "width d of the residual stream", 1)
+    num_heads: int = option(12, "attention heads h; must divide hidden_dim", 1)
+    num_layers: int = option(12, "transformer blocks", 1)
+    intermediate_dim: int = option(3072, "width of the SwiGLU feed-forward", 1)
+    vocab_size: int = option(32000, "token ids are 0 … vocab_size - 1", 2)
+    segment_length: int = option(512, "tokens n in a segment: the attention window", 1)
+    use_rope: bool = option(True, "rotary positions inside the window")
+    tie_embeddings: bool = option(False, "the output layer reuses the embedding matrix")
+    dropout: float = option(0.0, "dropout on each residual branch", 0.0, 0.99)
+
+
+class MemoryOptions:
+    """Base of each memory's own options."""
+
+    def check(self, config: Config, path: str) -> None:
+        """Refuse combinations of this memory's options that cannot work, with a ConfigError."""
+
+
+@dataclass(kw_only=True)
+class InternalMemoryConfig(MemoryOptions):
+    """LM2's slots: persistent state, cross-attention read, gated write (spec A2)."""
+
+    num_slots: int = option(64, "slots s of the memory", 1)
+    slot_dim: int | None = option(None, "width of a slot; hidden_dim if null", 1)
+    num_heads: int = option(
+        4,
+        "heads of the attention; addressed: independent address books, num_slots / num_heads each",
+        1,
+    )
+    write: Literal["addressed", "attention"] = option(
+        "addressed",
+        "addressed: each token writes to and reads from the slots its key addresses; "
+        "attention: the paper's, slots attend to [slots; segment] and are read by content",
+    )
+    address_sharpness: float = option(4.0, "addressed: initial scale of the address scores", 0.0)
+    shift_init: float = option(
+        1.0,
+        "addressed: a write's key starts as this part previous token, the rest current",
+        0.0,
+        1.0,
+    )
+    input_bias: float = option(0.0, "initial bias of the input gate")
+    forget_bias: float = option(1.0, "initial bias of the forget gate")
+    output_gate: bool = option(True, "gate what is read by sigma(read W), as the paper does")
+
+    def check(self, config: Config, path: str) -> None:
+        width = self.slot_dim or config.model.hidden_dim
+        if width % self.num_heads:
+            raise ConfigError(f"{path}.num_heads = {self.num_heads}: must divide the slot width {width}")
+        if self.num_slots % self.num_heads:
+            raise ConfigError(
+                f"{path}.num_slots = {self.num_slots}: must be a multiple of "
+                f"{path}.num_heads = {self.num_heads}"
+            )
+
+
+@dataclass(kw_only=True)
+class MemoryConfig:
+    """What remembers, in which layers, shared how, and fused how."""
+
+    kinds: list[str] = option([], "registered memories each memory layer reads; empty is the baseline")
+    vanilla_mode: bool = option(False, "ignore every memory: exactly the plain transformer")
+    memory_layer_placement: Literal["all", "first_k", "last_k", "every_n", "custom"] = option(
+        "all", "which layers have memory"
+    )
+    memory_layer_k: int = option(5, "layers for first_k and last_k", 1)
+    memory_layer_n: int = option(3, "distance for every_n: layers n-1, 2n-1, …", 1)
+    memory_layer_custom: list[int] | None = option(None, "layer indices for custom")
+    memory_sharing: Literal["shared", "per_layer", "every_k_layers"] = option(
+        "per_layer", "which memory layers share one state"
+    )
+    memory_sharing_k: int = option(2, "memory layers in a group for every_k_layers", 1)
+    fusion: Literal["softmax", "residual"] = option(
+        "softmax",
+        "softmax: H = g0 A + g1 M1 + …, g = softmax(W_g h + b_g); residual: H = A, then x + M W_o",
+    )
+    memory_block_variant: Literal["A", "B"] = option(
+        "A", "residual fusion only. A: attention, memory, MLP; B: attention, MLP, memory, MLP"
+    )
+    wo_init_zero: bool = option(True, "residual fusion only: W_o starts at zero")
+    internal: InternalMemoryConfig = option(InternalMemoryConfig, "LM2's internal memory")
+
+
+@dataclass(kw_only=True)
+class RecallConfig:
+    """Associative recall across segments: key-value pairs early, queries in the last segment."""
+
+    num_pairs: int = option(4, "pairs shown", 1)
+    num_queries: int | None = option(None, "pairs asked in the last segment; all if null", 1)
+    num_keys: int = option(16, "distinct keys", 2)
+    num_values: int = option(16, "distinct values; chance is 1 / num_values", 2)
+    num_fillers: int = option(16, "distinct distractor tokens", 1)
+    rewrites: int = option(0, "pairs shown again with a new value; the last one counts", 0)
+
+
+@dataclass(kw_only=True)
+class PasskeyConfig:
+    """A key of several digits somewhere in noise; asked for in the last segment."""
+
+    num_digits: int = option(2, "digits of the key", 1)
+    num_symbols: int = option(10, "symbols a digit is drawn from", 2)
+    num_fillers: int = option(32, "distinct noise tokens", 1)
+    depth: float | None = option(None, "0: first segment, 1: last before the query; null: random", 0, 1)
+
+
+@dataclass(kw_only=True)
+class CopyConfig:
+    """Say the first segment's symbols again, in order, in the last segment."""
+
+    num_items: int = option(4, "symbols to copy", 1)
+    num_symbols: int = option(16, "distinct symbols", 2)
+    num_fillers: int = option(16, "distinct noise tokens between", 1)
+    selective: bool = option(False, "symbols stand scattered among the noise of all segments but the last")
+
+
+@dataclass(kw_only=True)
+class QaConfig:
+    """bAbI-style stories: people move and carry things; questions with 1-3 supporting facts."""
+
+    supporting_facts: int = option(1, "facts an answer needs", 1, 3)
+    num_people: int = option(4, "people in the world", 2, 8)
+    num_places: int = option(6, "places; chance is 1 / num_places (3 facts: one less)", 2, 8)
+    num_objects: int = option(3, "things that can be carried", 1, 6)
+    distractors: int = option(2, "sentences of idle talk for each fact", 0)
+
+
+@dataclass(kw_only=True)
+class TextConfig:
+    """Real text, byte level, as parallel streams that keep memory and rows aligned."""
+
+    dataset: str = option(
+        "python-stdlib", "python-stdlib (offline), a local file or folder, or a hub dataset name"
+    )
+    subset: str | None = option(None, "the hub dataset's configuration")
+    split: str = option("train", "split of a hub dataset to read")
+    text_field: str = option("text", "column that holds the text")
+    max_bytes: int = option(4_000_000, "bytes to read at most", 1000)
+    download: bool = option(
+        False, "a hub dataset that is not in the local cache may be fetched over the network"
+    )
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    """What the model is trained and measured on."""
+
+    name: Literal["recall", "passkey", "copy", "qa", "text"] = option("recall", "the task")
+    segments: int = option(4, "segments in an example (at most, where segments_min is set)", 1)
+    segments_min: int | None = option(None, "training draws the length from segments_min … segments", 1)
+    recall: RecallConfig = option(RecallConfig, "associative recall")
+    passkey: PasskeyConfig = option(PasskeyConfig, "passkey in noise")
+    copy: CopyConfig = option(CopyConfig, "copy and selective copy")
+    qa: QaConfig = option(QaConfig, "stories and questions")
+    text: TextConfig = option(TextConfig, "real text")
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """One stage of the curriculum: from a step on, these task fields have these values."""
+
+    from_step: int = option(0, "first step of the stage", 0)
+    set: dict[str, Any] = option({}, "task fields by path, e.g. {segments: 2, recall.num_pairs: 1}")
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """How it is trained."""
+
+    seed: int = option(0, "seeds weights and data", 0)
+    batch_size: int = option(4, "independent streams b", 1)
+    gradient_accumulation_steps: int = option(4, "batches per optimizer step", 1)
+    max_steps: int = option(10_000, "optimizer steps", 1)
+    max_cpu_seconds: float | None = option(None, "stop after this much processor time", 0.0)
+    base_model_lr: float = option(1e-5, "learning rate of everything that is not memory", 0.0)
+    memory_lr: float = option(1e-4, "learning rate of the memories", 0.0)
+    gate_lr: float = option(1e-4, "learning rate of the gates (they get no weight decay)", 0.0)
+    lr_schedule: Literal["cosine", "linear", "constant"] = option("cosine", "after the warm-up")
+    warmup_steps: int = option(100, "steps from 0 to the full rate", 0)
+    min_lr_ratio: float = option(0.1, "the schedule ends at this part of the full rate", 0.0, 1.0)
+    weight_decay: float = option(0.01, "AdamW's, on matrices only", 0.0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", 0.0)
+    horizon: int | None = option(
+        None, "segments that gradients flow back through memory; null: the whole example", 1
+    )
+    curriculum: list[Stage] = option([], "stages, in order of from_step")
+    log_steps: int = option(50, "steps between two log lines", 1)
+    eval_steps: int = option(500, "steps between two evaluations", 1)
+    eval_examples: int = option(512, "examples in an evaluation", 1)
+    save_steps: int = option(500, "steps between two checkpoints", 1)
+    keep_checkpoints: int = option(2, "checkpoints kept", 1)
+    num_threads: int = option(1, "torch threads; one is fastest on a shared small machine", 1)
+    device: str = option("cpu", "cpu, cuda, cuda:1, …")
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = option(ModelConfig, "the transformer")
+    memory: MemoryConfig = option(MemoryConfig, "what remembers")
+    task: TaskConfig = option(TaskConfig, "what it is trained on")
+    training: TrainingConfig = option(TrainingConfig, "how it is trained")
+
+    def __post_init__(self) -> None:
+        from memlib.config.validation import validate
+
+        validate(self)
+
+
+def get_memory_layer_indices(config: Config) -> list[int]:
+    """The layers that have memory, ascending; none for the baseline and in vanilla mode."""
+    memory, layers = config.memory, config.model.num_layers
+    if memory.vanilla_mode or not memory.kinds:
+        return []
+    k = min(memory.memory_layer_k, layers)
+    return {
+        "all": list(range(layers)),
+        "first_k": list(range(k)),
+        "last_k": list(range(layers - k, layers)),
+        "every_n": list(range(memory.memory_layer_n - 1, layers, memory.memory_layer_n)),
+        "custom": sorted(set(memory.memory_layer_custom or [])),
+    }[memory.memory_layer_placement]
+
+
+def get_memory_bank_assignments(config: Config) -> dict[int, int]:
+    """Memory layer -> index of the bank (the state) it reads and writes."""
+    sharing = config.memory.memory_sharing
+    group = {"shared": config.model.num_layers, "per_layer": 1}.get(sharing, config.memory.memory_sharing_k)
+    return {layer: i // group for i, layer in enumerate(get_memory_layer_indices(config))}

@@ -1,0 +1,1 @@
+"""The lab: recordings of what a model did, and what notebooks need around them."""

@@ -1,0 +1,178 @@
+"""Recordings: what flowed through a model's named points, as labelled arrays.
+
+    with record(model) as trace:
+        model(input_ids)
+    trace["internal.writer.input"]          # axes: layer batch token
+
+A recording hooks the model's `Probe`s; the model knows nothing of it. Points with a token axis are
+joined along it over calls and segments, so that `token` counts the stream's tokens; the others get a
+`step` axis, one entry per write. The same point of several layers gets a `layer` axis. A trace is
+numpy only: it saves to one safetensors file and opens where there is no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+if TYPE_CHECKING:
+    from memlib.models import MemoryTransformer
+
+FORMAT = "memlib-trace-1"
+
+
+class TraceError(RuntimeError):
+    """A trace that lacks what was asked for or cannot be read; the message says what there is."""
+
+
+@dataclass(frozen=True)
+class LabelledArray:
+    """An array whose axes have names.
+
+    >>> gate.axes
+    ('layer', 'batch', 'token')
+    >>> gate.at(layer=0, batch=2).values.shape
+    """
+
+    values: np.ndarray
+    axes: tuple[str, ...]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(zip(self.axes, self.values.shape, strict=True))
+
+    def at(self, **index: int) -> LabelledArray:
+        """The part at the given index of each named axis; those axes go."""
+        if unknown := set(index) - set(self.axes):
+            raise TraceError(f"no axis {sorted(unknown)[0]!r}: this array has {', '.join(self.axes)}")
+        picks = tuple(index.get(axis, slice(None)) for axis in self.axes)
+        return LabelledArray(self.values[picks], tuple(a for a in self.axes if a not in index))
+
+    def mean(self, axis: str) -> LabelledArray:
+        """The mean over a named axis."""
+        if axis not in self.axes:
+            raise TraceError(f"no axis {axis!r}: this array has {', '.join(self.axes)}")
+        place = self.axes.index(axis)
+        rest = tuple(a for a in self.axes if a != axis)
+        return LabelledArray(self.values.mean(place), rest)
+
+    def __repr__(self) -> str:
+        return f"LabelledArray({', '.join(f'{a}={n}' for a, n in self.sizes.items())})"
+
+
+@dataclass
+class Trace:
+    """Recorded points by name; `tokens` [batch token] and `layers`, the layers each point was seen in."""
+
+    points: dict[str, LabelledArray] = field(default_factory=dict)
+    layers: dict[str, list[int]] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> LabelledArray:
+        if name not in self.points:
+            raise TraceError(f"no point {name!r}; recorded: {', '.join(self.points) or 'nothing'}")
+        return self.points[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.points
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.points)
+
+    def __repr__(self) -> str:
+        lines = [f"  {name}: {array}" for name, array in self.points.items()]
+        return "\n".join(["Trace", *lines])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, atomically."""
+        target = Path(path)
+        scratch = target.with_name(target.name + ".part")
+        labels = {name: list(array.axes) for name, array in self.points.items()}
+        save_file(
+            {name: np.ascontiguousarray(array.values) for name, array in self.points.items()},
+            scratch,
+            {"format": FORMAT, "axes": json.dumps(labels), "layers": json.dumps(self.layers)},
+        )
+        os.replace(scratch, target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trace:
+        """Open a saved trace. Raises TraceError for anything that is not one."""
+        try:
+            with safe_open(path, "numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise TraceError(f"{path}: not a trace ({FORMAT}); write one with trace.save(path)")
+                axes, layers = json.loads(metadata["axes"]), json.loads(metadata["layers"])
+                points = {name: LabelledArray(file.get_tensor(name), tuple(axes[name])) for name in axes}
+        except FileNotFoundError:
+            raise TraceError(f"{path}: no such file") from None
+        except (OSError, ValueError, KeyError) as error:
+            raise TraceError(f"{path}: cannot be read as a trace: {error}") from None
+        except Exception as error:  # safetensors raises its own type, known only to its extension
+            if isinstance(error, TraceError):
+                raise
+            raise TraceError(f"{path}: damaged or not a trace: {error}") from None
+        return cls(points, layers)
+
+
+@contextmanager
+def record(model: MemoryTransformer) -> Iterator[Trace]:
+    """Record every named point of a model while the block runs; the trace is complete after it."""
+    from memlib.nn.probe import Probe
+
+    heard: dict[str, dict[int, list[np.ndarray]]] = {}
+    axes: dict[str, tuple[str, ...]] = {"tokens": ("batch", "token")}
+    tokens: list[np.ndarray] = []
+    hooks = []
+
+    def listen(layer: int, name: str, probe: Any) -> None:
+        axes[name] = probe.axes
+
+        def hear(_module: Any, _inputs: Any, output: Any) -> None:
+            value = output.detach().float().cpu().numpy()
+            heard.setdefault(name, {}).setdefault(layer, []).append(value)
+
+        hooks.append(probe.register_forward_hook(hear))
+
+    def hear_tokens(_module: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        ids = inputs[0] if inputs else keywords["input_ids"]
+        tokens.append(ids.detach().cpu().numpy())
+
+    for layer, block in enumerate(model.blocks):
+        for name, module in block.named_modules():
+            if isinstance(module, Probe):
+                listen(layer, point_name(name), module)
+    hooks.append(model.register_forward_pre_hook(hear_tokens, with_kwargs=True))
+    trace = Trace()
+    try:
+        yield trace
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if tokens:
+        trace.points["tokens"] = LabelledArray(np.concatenate(tokens, 1), axes["tokens"])
+    for name, by_layer in heard.items():
+        trace.layers[name] = sorted(by_layer)
+        trace.points[name] = join([by_layer[layer] for layer in sorted(by_layer)], axes[name])
+
+
+def point_name(path: str) -> str:
+    """`memories.internal.writer.input_probe` -> `internal.writer.input`."""
+    return path.removeprefix("memories.").removesuffix("_probe").removesuffix(".probe")
+
+
+def join(layers: list[list[np.ndarray]], axes: tuple[str, ...]) -> LabelledArray:
+    """What each layer's point said, in order, as one array with `layer` first and tokens or steps joined."""
+    if "token" in axes:
+        place = axes.index("token")
+        return LabelledArray(np.stack([np.concatenate(said, place) for said in layers]), ("layer", *axes))
+    return LabelledArray(np.stack([np.stack(said) for said in layers]), ("layer", "step", *axes))

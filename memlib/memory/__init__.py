@@ -1,0 +1,14 @@
+"""Everything that remembers, one file per idea, and the registry that names them.
+
+A memory joins the house with its file here, its dataclass and field in `memlib.config`, and its line
+below. The laws' tests, the trace and the comparison notebooks then cover it.
+"""
+
+from __future__ import annotations
+
+from memlib.memory.base import Memory, State
+from memlib.memory.internal import InternalMemory
+
+MEMORIES: dict[str, type[Memory]] = {"internal": InternalMemory}
+
+__all__ = ["MEMORIES", "InternalMemory", "Memory", "State"]

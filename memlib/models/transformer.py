@@ -1,0 +1,293 @@
+"""The one model: a transformer that reads a stream segment by segment and carries memory between them.
+
+Axes: b batch (independent streams), t tokens of a call, n tokens of a segment, p tokens already in the
+open segment, d hidden, h heads, k head width, v vocabulary.
+
+The stream is cut into segments of `segment_length` tokens, the attention window. In a segment every
+layer attends inside the window and reads its memories as earlier segments left them; when the segment
+is complete, every memory layer writes it, in layer order. A call may end inside a segment: the open
+window then travels in the memory state, so that a stream can be fed whole, in pieces or token by token
+with the same logits and the same state (law L4), and generation needs no other cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memlib.config import Config, get_memory_bank_assignments, get_memory_layer_indices
+from memlib.memory import MEMORIES
+from memlib.memory.base import State
+from memlib.memory.gates import Gate
+from memlib.models.block import MemoryTransformerBlock
+from memlib.nn.attention import window_mask
+from memlib.nn.norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class Window(State):
+    """The open segment: p < n tokens that have been read and not yet written.
+
+    keys, values: per layer [b h p k]; hidden: per memory layer [b p d]; mask: [b p], false for padding.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    hidden: tuple[Tensor, ...]
+    mask: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.mask.shape[1]
+
+
+@dataclass(frozen=True)
+class MemoryState(State):
+    """All that a model remembers of its streams: the banks' states and the open window."""
+
+    banks: tuple[State, ...]
+    window: Window
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a forward pass returns, by attribute or by key: `outputs.logits`, `outputs["logits"]`.
+
+    logits: [b t v]; loss: scalar or None; memory_state: what to pass to the next call;
+    router_losses: the routers' auxiliary losses by name, empty without a router.
+    """
+
+    logits: Tensor
+    memory_state: MemoryState
+    loss: Tensor | None
+    router_losses: dict[str, Tensor]
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.keys():
+            raise KeyError(f"{key!r}: the output has {', '.join(self.keys())}")
+        return getattr(self, key)
+
+    def keys(self) -> list[str]:
+        return ["logits", "memory_state", "loss", "router_losses"]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+
+class MemoryTransformer(nn.Module):
+    """Baseline, LM2 and every later memory architecture: configs of this one model (spec D8).
+
+    >>> outputs = model(input_ids, memory_state=state)       # state=None starts new streams
+    >>> state = outputs.memory_state                         # goes into the next call
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        model, memory = config.model, config.memory
+        self.bank_of_layer = get_memory_bank_assignments(config)
+        layers_with_memory = set(get_memory_layer_indices(config))
+        self.embedding = nn.Embedding(model.vocab_size, model.hidden_dim)
+        self.blocks = nn.ModuleList(
+            MemoryTransformerBlock(
+                model.hidden_dim,
+                model.num_heads,
+                model.intermediate_dim,
+                memories={
+                    kind: MEMORIES[kind](getattr(memory, kind), model.hidden_dim)
+                    for kind in memory.kinds
+                    if layer in layers_with_memory
+                },
+                fusion=memory.fusion,
+                memory_block_variant=memory.memory_block_variant,
+                wo_init_zero=memory.wo_init_zero,
+                use_rope=model.use_rope,
+                dropout=model.dropout,
+            )
+            for layer in range(model.num_layers)
+        )
+        self.norm = RMSNorm(model.hidden_dim)
+        self.head = nn.Linear(model.hidden_dim, model.vocab_size, bias=False)
+        self.init_weights()
+        if model.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """All random starts in one place.
+
+        | what                             | start                                     |
+        | linear maps                      | normal, std = in_features^-0.5            |
+        | maps into the residual stream    | the same / sqrt(2 layers)                 |
+        | embedding and output layer       | normal, std = hidden_dim^-0.5             |
+        | gates                            | zero weight, their configured bias        |
+        | residual fusion's W_o and B's MLP | zero where wo_init_zero                  |
+        | slots, addresses, convolutions   | as their modules say                      |
+        """
+        depth = (2 * self.config.model.num_layers) ** -0.5
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and not isinstance(module, Gate) and "fusion" not in name:
+                std = module.in_features**-0.5
+                into_stream = name.endswith(("attention.o_proj", "mlp.down_proj"))
+                module.weight.normal_(0.0, std * depth if into_stream else std)
+            elif isinstance(module, nn.Embedding):
+                module.weight.normal_(0.0, module.embedding_dim**-0.5)
+        for layer in range(self.config.model.num_layers):
+            extra = self.block(layer).extra_mlp
+            if extra is not None and self.config.memory.wo_init_zero:
+                extra.down_proj.weight.zero_()
+
+    def block(self, layer: int) -> MemoryTransformerBlock:
+        """The block of a layer."""
+        return cast(MemoryTransformerBlock, self.blocks[layer])
+
+    # -------------------------------------------------------------------------------------- the state
+
+    def init_state(self, batch_size: int) -> MemoryState:
+        """The state of streams that have seen nothing."""
+        model = self.config.model
+        weight = self.embedding.weight
+        shape = (batch_size, model.num_heads, 0, model.hidden_dim // model.num_heads)
+        banks: dict[int, list[State]] = {}
+        for layer, bank in self.bank_of_layer.items():
+            if bank not in banks:
+                banks[bank] = [memory.init_state(batch_size) for memory in self.block(layer).kinds()]
+        return MemoryState(
+            banks=tuple(state for bank in sorted(banks) for state in banks[bank]),
+            window=Window(
+                keys=tuple(weight.new_zeros(shape) for _ in self.blocks),
+                values=tuple(weight.new_zeros(shape) for _ in self.blocks),
+                hidden=tuple(weight.new_zeros(batch_size, 0, model.hidden_dim) for _ in self.bank_of_layer),
+                mask=torch.zeros(batch_size, 0, dtype=torch.bool, device=weight.device),
+            ),
+        )
+
+    def reset(self, state: MemoryState, rows: Tensor) -> MemoryState:
+        """Forget everything of some rows (a new document, a new user); rows: [b] true = forget."""
+        fresh = self.init_state(state.window.mask.shape[0])
+        window = state.window
+        return MemoryState(
+            banks=tuple(old.where(~rows, new) for old, new in zip(state.banks, fresh.banks, strict=True)),
+            window=window.where(~rows, window.map(torch.zeros_like)),
+        )
+
+    def bank_slice(self, layer: int) -> slice:
+        """Where in `MemoryState.banks` the states of this layer's memories are."""
+        kinds = len(self.block(layer).kinds())
+        bank = self.bank_of_layer.get(layer, 0)
+        return slice(bank * kinds, (bank + 1) * kinds)
+
+    # ------------------------------------------------------------------------------------ the forward
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        memory_state: MemoryState | None = None,
+    ) -> ModelOutput:
+        """input_ids: [b t] of any length; attention_mask: [b t], 0 for padding, left or right;
+        labels: [b t] as in transformers (the same ids, shifted here, -100 ignored).
+
+        Raises ValueError where shapes, ids or the state do not fit.
+        """
+        self.check(input_ids, attention_mask, labels, memory_state)
+        state = memory_state or self.init_state(input_ids.shape[0])
+        mask = None if attention_mask is None else attention_mask.bool()
+        logits, start = [], 0
+        while start < input_ids.shape[1]:
+            stop = start + self.config.model.segment_length - state.window.length
+            piece = slice(start, min(stop, input_ids.shape[1]))
+            stream, state = self.advance(input_ids[:, piece], None if mask is None else mask[:, piece], state)
+            logits.append(self.head(self.norm(stream)))
+            start = piece.stop
+        joined = torch.cat(logits, 1)
+        loss = None
+        if labels is not None:
+            predicted = rearrange(joined[:, :-1], "b t v -> (b t) v")
+            loss = F.cross_entropy(predicted, rearrange(labels[:, 1:], "b t -> (b t)"))
+        return ModelOutput(joined, state, loss, {})
+
+    def advance(self, ids: Tensor, mask: Tensor | None, state: MemoryState) -> tuple[Tensor, MemoryState]:
+        """Read up to the end of the open segment, and write it if that completes it.
+
+        ids: [b m] -> the residual stream [b m d] and the state after it.
+        """
+        past, whole = state.window, mask is None and not state.window.length
+        new = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        valid = torch.cat((past.mask, new), 1)
+        allowed = window_mask(ids.shape[1], None if whole else valid, past.length, ids.device)
+        stream = self.embedding(ids)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        hidden: list[Tensor] = []
+        for layer, block in enumerate(self.blocks):
+            states = state.banks[self.bank_slice(layer)]
+            output = block(stream, past.keys[layer], past.values[layer], allowed, states)
+            stream = output.stream
+            keys.append(output.keys)
+            values.append(output.values)
+            if layer in self.bank_of_layer:
+                hidden.append(torch.cat((past.hidden[len(hidden)], output.hidden), 1))
+        window = Window(tuple(keys), tuple(values), tuple(hidden), valid)
+        if window.length < self.config.model.segment_length:
+            return stream, MemoryState(state.banks, window)
+        banks = self.write(window.hidden, state.banks, valid)
+        return stream, MemoryState(banks, window.map(_emptied))
+
+    def write(self, hidden: tuple[Tensor, ...], banks: tuple[State, ...], mask: Tensor) -> tuple[State, ...]:
+        """Every memory layer writes the finished segment, in layer order; hidden: per layer [b n d].
+
+        Rows whose segment was all padding keep their state as it was.
+        """
+        states, awake = list(banks), mask.any(1)
+        for segment, layer in zip(hidden, self.bank_of_layer, strict=True):
+            place = range(len(states))[self.bank_slice(layer)]
+            for i, memory in zip(place, self.block(layer).kinds(), strict=True):
+                states[i] = memory.write(segment, states[i], mask).where(awake, states[i])
+        return tuple(states)
+
+    def close_memory(self) -> None:
+        """Shut every memory out (law L5): from here on exactly the plain transformer."""
+        for layer in range(self.config.model.num_layers):
+            self.block(layer).close_memory()
+
+    def check(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        memory_state: MemoryState | None,
+    ) -> None:
+        """Refuse what does not fit, with the value, the limit and the remedy."""
+        if input_ids.ndim != 2 or not input_ids.numel():
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}: expected [batch, tokens], not empty"
+            )
+        for name, tensor in (("attention_mask", attention_mask), ("labels", labels)):
+            if tensor is not None and tensor.shape != input_ids.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}: expected input_ids' {tuple(input_ids.shape)}"
+                )
+        vocab, low, high = self.config.model.vocab_size, int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= vocab:
+            raise ValueError(
+                f"input_ids holds {low if low < 0 else high}: ids are 0 … {vocab - 1}; "
+                "tokenise with the model's own vocabulary or raise model.vocab_size"
+            )
+        if memory_state is not None and memory_state.window.mask.shape[0] != input_ids.shape[0]:
+            raise ValueError(
+                f"memory_state holds {memory_state.window.mask.shape[0]} streams, input_ids "
+                f"{input_ids.shape[0]}: pick rows with memory_state.rows(index) or start from None"
+            )
+
+
+def _emptied(tensor: Tensor) -> Tensor:
+    """The same tensor with no tokens: the token axis is the second, or the third under heads."""
+    return tensor[:, :, :0] if tensor.ndim == 4 else tensor[:, :0]

@@ -1,0 +1,37 @@
+"""Rotary position embedding."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class RotaryPositionalEmbedding(nn.Module):
+    """Rotates pairs of a head's features by an angle that grows with the position.
+
+    angle[p, i] = p * base^(-2i / k); (x1, x2) -> (x1 cos - x2 sin, x1 sin + x2 cos), feature i paired
+    with feature i + k/2. Scores then depend on distances only, which is what lets a padded or a
+    restarted row share the batch's position counter.
+
+    heads: [b h n k] at positions first … first + n - 1 -> [b h n k].
+    Source: Su et al. 2021, arXiv 2104.09864.
+    """
+
+    frequency: Tensor
+
+    def __init__(self, head_dim: int, base: float = 10_000.0) -> None:
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"head_dim = {head_dim}: rotary positions need an even head width")
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        self.register_buffer("frequency", base**-exponent, persistent=False)
+
+    def forward(self, heads: Tensor, first: int = 0) -> Tensor:
+        n = heads.shape[-2]
+        position = torch.arange(first, first + n, device=heads.device, dtype=self.frequency.dtype)
+        angle = torch.outer(position, self.frequency)
+        cos, sin = angle.cos().to(heads.dtype), angle.sin().to(heads.dtype)
+        low, high = rearrange(heads, "b h n (two k) -> two b h n k", two=2)
+        turned = torch.stack((low * cos - high * sin, low * sin + high * cos))
+        return rearrange(turned, "two b h n k -> b h n (two k)")

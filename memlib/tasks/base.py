@@ -1,0 +1,141 @@
+"""What every task is: batches as a function of (seed, split, step), a chance level, an oracle."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memlib.tasks.vocabulary import Vocabulary
+
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens with what each position should predict, as ordinary language modelling.
+
+    tokens:  [b t] int64
+    targets: [b t] int64, the token after each position
+    scored:  [b t] bool, the positions that count when the task is measured
+    starts:  [b] bool, rows that begin a new document: their memory must be reset first
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    scored: Tensor
+    starts: Tensor
+
+    @classmethod
+    def of(cls, stream: np.ndarray, scored: np.ndarray, starts: np.ndarray) -> Batch:
+        """From stream [b t+1], whose last token is only a target, scored [b t] and starts [b]."""
+        ids = torch.from_numpy(stream.astype(np.int64, copy=False))
+        return cls(
+            ids[:, :-1].contiguous(),
+            ids[:, 1:].contiguous(),
+            torch.from_numpy(scored),
+            torch.from_numpy(starts),
+        )
+
+    def to(self, device: str | torch.device) -> Batch:
+        """The same batch on a device."""
+        return Batch(*(part.to(device) for part in vars(self).values()))
+
+
+class Task(ABC):
+    """Batches of t = segments * segment_length tokens, and how to judge answers to them.
+
+    vocabulary: names of the tokens
+    chance:     accuracy at the scored positions of the best guesser that has no memory; each task
+                says how it is computed
+    continues:  False: every batch is whole examples; True: row r of batch i + 1 goes on where row r
+                of batch i ended, and memory is carried over
+    """
+
+    vocabulary: Vocabulary
+    chance: float
+    continues = False
+
+    def __init__(self, segment_length: int, segments: int) -> None:
+        self.segment_length, self.segments = segment_length, segments
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are 0 … vocab_size - 1."""
+        return len(self.vocabulary)
+
+    def name_of(self, token: int) -> str:
+        """A token as a person reads it."""
+        return self.vocabulary.names[token]
+
+    @abstractmethod
+    def batch(self, batch_size: int, step: int, seed: int = 0, split: str = "train") -> Batch:
+        """Batch number `step`; the same arguments give the same batch, in any order of asking.
+
+        Raises ValueError if split is neither train nor test.
+        """
+
+    def oracle(self, tokens: Tensor) -> Tensor:
+        """Predictions [b t] for tokens [b t], each from the tokens up to its own position.
+
+        Plain and slow: the upper bound in tests and notebooks. Only scored positions are meant to
+        be right, the others may be 0.
+        """
+        return torch.tensor([self.solve(row) for row in tokens.tolist()], dtype=torch.int64)
+
+    @abstractmethod
+    def solve(self, row: list[int]) -> list[int]:
+        """The oracle for one row."""
+
+
+class GeneratedTask(Task):
+    """A task whose batches are drawn at random: whole examples, as many as anyone asks for.
+
+    Training batches draw their number of segments uniformly from segments_min … segments; test
+    batches always have `segments`.
+
+    Raises ValueError if segments_min is above segments or an example could be of one segment.
+    """
+
+    def __init__(self, segment_length: int, segments: int, segments_min: int | None, least: int = 2) -> None:
+        super().__init__(segment_length, segments)
+        self.segments_min = segments if segments_min is None else segments_min
+        if self.segments_min > segments:
+            raise ValueError(
+                f"segments_min = {segments_min}: at most segments = {segments}; lower segments_min"
+            )
+        if self.segments_min < least:
+            name = "segments" if segments_min is None else "segments_min"
+            raise ValueError(
+                f"{name} = {self.segments_min}: these options need at least {least}, "
+                f"so that what is asked lies before the last segment; raise {name}"
+            )
+
+    def batch(self, batch_size: int, step: int, seed: int = 0, split: str = "train") -> Batch:
+        rng = generator(seed, split, step)
+        segments = self.segments
+        if split == "train":
+            segments = int(rng.integers(self.segments_min, self.segments + 1))
+        stream, scored = self.generate(rng, batch_size, segments)
+        return Batch.of(stream, scored, np.ones(batch_size, dtype=bool))
+
+    @abstractmethod
+    def generate(
+        self, rng: np.random.Generator, batch_size: int, segments: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """stream [b t+1] and scored [b t] of one batch of examples."""
+
+
+def check_split(split: str) -> None:
+    """ValueError unless split is train or test."""
+    if split not in SPLITS:
+        raise ValueError(f"split = {split!r}: expected one of {', '.join(SPLITS)}")
+
+
+def generator(seed: int, split: str, number: int) -> np.random.Generator:
+    """A random generator of its own for each (seed, split, number)."""
+    check_split(split)
+    return np.random.default_rng([seed, SPLITS.index(split), number])

@@ -1,0 +1,173 @@
+"""Checkpoints: safetensors and JSON, written whole or not at all, resumed exactly.
+
+A checkpoint is a folder `step-000500` with model, optimizer and memory-state tensors and one JSON file.
+It is written beside its place under another name, flushed to disk and then renamed: a kill at any
+moment leaves either the whole new checkpoint or none, and never touches the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from memlib.memory.base import State
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read or written; the message names the file and the remedy."""
+
+
+def save_checkpoint(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    optimizer: Optimizer | None = None,
+    memory_state: State | None = None,
+    progress: dict[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint folder atomically; `progress` is JSON (step, schedule, config, …)."""
+    target = Path(path)
+    scratch = target.with_name(f".{target.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    save_model(model, str(scratch / "model.safetensors"))
+    document: dict[str, Any] = {"progress": progress or {}}
+    if optimizer is not None:
+        tensors, groups = flatten_optimizer(optimizer)
+        save_file(tensors, scratch / "optimizer.safetensors")
+        document["optimizer_groups"] = groups
+    if memory_state is not None:
+        named = {name: t.contiguous().clone() for name, t in memory_state.named_tensors()}
+        save_file(named, scratch / "memory.safetensors")
+    states, document["random"] = random_state()
+    save_file(states, scratch / "random.safetensors")
+    (scratch / "checkpoint.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    for file in (*scratch.iterdir(), scratch):
+        flush(file)
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(scratch, target)
+    flush(target.parent)
+    return target
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    optimizer: Optimizer | None = None,
+    restore_random: bool = False,
+) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+    """Read a checkpoint into what is given; returns its progress and its memory tensors, if any.
+
+    Raises CheckpointError for a folder that is not a whole checkpoint, a damaged file, or tensors of
+    another shape; the model is then as it was, or should be built anew.
+    """
+    folder = Path(path)
+    try:
+        document = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        if model is not None:
+            load_model(model, folder / "model.safetensors")
+        if optimizer is not None:
+            tensors = load_file(folder / "optimizer.safetensors")
+            restore_optimizer(optimizer, tensors, document["optimizer_groups"])
+        if restore_random:
+            restore_random_state(load_file(folder / "random.safetensors"), document["random"])
+        memory = folder / "memory.safetensors"
+        return document["progress"], load_file(memory) if memory.exists() else None
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder}: not a whole checkpoint ({Path(error.filename or '').name} is missing); "
+            "use latest_checkpoint(run folder)"
+        ) from None
+    except (SafetensorError, json.JSONDecodeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder}: cannot be loaded ({error}); use an earlier checkpoint, or the configuration "
+            "it was saved with"
+        ) from None
+
+
+def latest_checkpoint(run: str | os.PathLike[str]) -> Path | None:
+    """The newest whole checkpoint of a run; unfinished ones have another name and are not seen."""
+    return max(Path(run, "checkpoints").glob("step-*"), default=None)
+
+
+def prune_checkpoints(run: str | os.PathLike[str], keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what killed saves left behind."""
+    folder = Path(run, "checkpoints")
+    for old in (*sorted(folder.glob("step-*"))[:-keep], *folder.glob(".step-*.part")):
+        shutil.rmtree(old)
+
+
+def flush(path: Path) -> None:
+    """Ask the system to put a file or a folder on the disk now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """An optimizer's state as named tensors, and its groups as JSON."""
+    state = optimizer.state_dict()
+    tensors = {
+        f"{index}.{name}": torch.as_tensor(value).contiguous()
+        for index, values in state["state"].items()
+        for name, value in values.items()
+    }
+    return tensors, state["param_groups"]
+
+
+def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
+    """The inverse of `flatten_optimizer`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    try:
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except ValueError as error:
+        raise RuntimeError(f"the optimizer's groups differ: {error}") from None
+
+
+def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of every random generator a run may draw from, as tensors and JSON."""
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    tensors["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    version, internal, gauss_next = random.getstate()
+    return tensors, {
+        "numpy": [name, int(position), int(has_gauss), float(gauss)],
+        "python": [version, list(internal), gauss_next],
+    }
+
+
+def restore_random_state(tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
+    """The inverse of `random_state`."""
+    torch.set_rng_state(tensors["torch"])
+    cuda = [tensors[name] for name in sorted(tensors) if name.startswith("cuda.")]
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(cuda)
+    name, position, has_gauss, gauss = document["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = document["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

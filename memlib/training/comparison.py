@@ -1,0 +1,105 @@
+"""Train several configurations over several seeds and set them side by side: the tables of the README."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from memlib.config import Config, load_config, override
+from memlib.models.info import count_parameters
+from memlib.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Result:
+    """One trained run, measured: accuracy on the test split by number of segments."""
+
+    name: str
+    seed: int
+    parameters: int
+    steps: int
+    cpu_seconds: float
+    chance: float
+    accuracy: dict[int, float]
+
+
+COMPARISONS = {
+    "recall": ["recall_baseline", "recall_internal"],
+    "rewrite": ["rewrite_baseline", "rewrite_internal"],
+}
+
+
+def measure(trainer: Trainer, name: str, segments: Sequence[int]) -> Result:
+    """The result of a trained run at each number of segments."""
+    scores = {n: trainer.evaluate(segments=n) for n in segments}
+    return Result(
+        name,
+        trainer.config.training.seed,
+        count_parameters(trainer.model),
+        trainer.step,
+        round(trainer.cpu_seconds, 1),
+        trainer.task.chance,
+        {n: round(score.accuracy, 4) for n, score in scores.items()},
+    )
+
+
+def compare(
+    configs: dict[str, Config],
+    seeds: Sequence[int],
+    segments: Sequence[int],
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> list[Result]:
+    """Train every configuration with every seed; with a folder the runs are kept (and reused if whole)."""
+    results = []
+    for name, config in configs.items():
+        for seed in seeds:
+            run = Path(folder, name, f"seed-{seed}") if folder else None
+            trainer = Trainer(override(config, {"training.seed": seed}), run, resume=True)
+            trainer.train(progress=progress)
+            results.append(measure(trainer, name, segments))
+    return results
+
+
+def named_comparison(name: str) -> dict[str, Config]:
+    """The presets of one of the COMPARISONS."""
+    return {preset: load_config(preset) for preset in COMPARISONS[name]}
+
+
+def to_markdown(results: Sequence[Result]) -> str:
+    """A table with one row per run."""
+    segments = list(results[0].accuracy)
+    head = ["run", "seed", "parameters", "steps", "CPU-s", "chance", *(f"{n} segments" for n in segments)]
+    rows = [
+        [
+            r.name,
+            str(r.seed),
+            f"{r.parameters:,}",
+            str(r.steps),
+            f"{r.cpu_seconds:.1f}",
+            f"{r.chance:.4f}",
+            *(f"{r.accuracy[n]:.4f}" for n in segments),
+        ]
+        for r in results
+    ]
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_json(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
+    """All results and what they were measured with, atomically."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(target.name + ".part")
+    document = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "results": [asdict(result) for result in results],
+    }
+    scratch.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, target)

@@ -1,0 +1,56 @@
+"""The log of a run: one JSON object a line, and the same numbers for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+
+class RunLog:
+    """Appends records to `log.jsonl` and `tensorboard/` in a run's folder.
+
+    Opened at `step`, records of later steps are dropped first: a run that was killed after its last
+    checkpoint repeats those steps, and each must stand in the log once.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "log.jsonl"
+        kept = [r for r in read_log(folder) if r["step"] <= step] if self.path.exists() else []
+        scratch = self.path.with_suffix(".part")
+        scratch.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        scratch.replace(self.path)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, **values: float) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def read_log(folder: str | Path) -> list[dict[str, float]]:
+    """The records of a run's log; a line cut short by a kill is left out."""
+    records = []
+    for line in Path(folder, "log.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

@@ -1,0 +1,259 @@
+"""The training loop, to be read.
+
+Each optimizer step draws its batches from the task by number, walks them in pieces of `horizon`
+segments (truncated backpropagation: gradients flow through memory inside a piece, only values flow on
+to the next), clips, and steps. Everything that decides what comes next (weights, optimizer, schedule,
+random generators, memory state; the data position is the step) is in the checkpoint, so a resumed run
+repeats an uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from memlib.config import (
+    Config,
+    ConfigError,
+    TaskConfig,
+    load_config,
+    override,
+    save_config,
+    to_dict,
+)
+from memlib.evaluation import Score, evaluate
+from memlib.models import MemoryState, MemoryTransformer
+from memlib.tasks import Batch, Task, make_task
+from memlib.tasks.scoring import correct, scored_cross_entropy
+from memlib.training.checkpoint import (
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    set_seed,
+)
+from memlib.training.log import RunLog
+from memlib.training.optimizer import make_optimizer, make_schedule
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or a gradient stopped being a number; the message says where and what to try."""
+
+
+class Trainer:
+    """Trains the model of a configuration; with a folder it also logs, saves and resumes.
+
+    >>> trainer = Trainer(load_config("recall_internal"))
+    >>> trainer.train()
+    >>> trainer.evaluate().accuracy
+
+    Raises ConfigError where the task does not fit the model, FileExistsError where the folder holds
+    another run.
+    """
+
+    def __init__(
+        self, config: Config, folder: str | os.PathLike[str] | None = None, resume: bool = False
+    ) -> None:
+        self.config, training = config, config.training
+        torch.set_num_threads(training.num_threads)
+        set_seed(training.seed)
+        self.device = torch.device(training.device)
+        self.task = make_task(config.task, config.model.segment_length)
+        if self.task.vocab_size > config.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size = {config.model.vocab_size}: task {config.task.name} has "
+                f"{self.task.vocab_size} tokens; raise it to that"
+            )
+        self.model = MemoryTransformer(config).to(self.device)
+        self.optimizer = make_optimizer(self.model, training)
+        self.schedule = make_schedule(self.optimizer, training)
+        self.step, self.cpu_seconds = 0, 0.0
+        self.carried: MemoryState | None = None
+        self.stages: dict[int, Task] = {}
+        self.folder = Path(folder) if folder is not None else None
+        if self.folder is not None:
+            self.open_folder(self.folder, resume)
+
+    # -------------------------------------------------------------------------------------- the loop
+
+    def train(self, until: int | None = None, progress: bool = True) -> dict[str, float]:
+        """Train up to step `until` (default: the configured end); returns the last log record."""
+        training, record = self.config.training, {}
+        end = min(until or training.max_steps, training.max_steps)
+        log = RunLog(self.folder, self.step) if self.folder else None
+        bar = tqdm(total=end, initial=self.step, disable=not progress, unit="step", mininterval=0.5)
+        try:
+            while self.step < end and not self.out_of_time():
+                before = time.process_time()
+                record = self.train_step()
+                self.cpu_seconds += time.process_time() - before
+                self.step += 1
+                bar.update()
+                last = self.step == end or self.out_of_time()
+                if self.step % training.log_steps == 0 or last:
+                    bar.set_postfix(loss=f"{record['loss']:.3f}", accuracy=f"{record['accuracy']:.3f}")
+                    if log:
+                        log.write(self.step, cpu_seconds=self.cpu_seconds, **record)
+                if log and (self.step % training.eval_steps == 0 or last):
+                    score = self.evaluate()
+                    log.write(self.step, test_accuracy=score.accuracy, test_loss=score.loss)
+                if self.folder and (self.step % training.save_steps == 0 or last):
+                    self.save()
+        finally:
+            bar.close()
+            if log:
+                log.__exit__(None, None, None)
+        return record
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step; returns loss, accuracy, gradient norm and rates."""
+        training = self.config.training
+        self.model.train()
+        task = self.task_at(self.step)
+        count = training.gradient_accumulation_steps
+        batches = [
+            task.batch(training.batch_size, self.step * count + i, training.seed).to(self.device)
+            for i in range(count)
+        ]
+        positions = sum(int(batch.scored.sum()) for batch in batches)
+        loss, right = 0.0, 0
+        for batch in batches:
+            batch_loss, batch_right = self.backward(batch, task, positions)
+            loss, right = loss + batch_loss, right + batch_right
+        limit = training.max_grad_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingDiverged(self.diagnose(loss, norm))
+        rates = {f"lr_{g['name']}": g["lr"] for g in self.optimizer.param_groups}
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        return {"loss": loss, "accuracy": right / positions, "grad_norm": norm, **rates}
+
+    def backward(self, batch: Batch, task: Task, positions: int) -> tuple[float, int]:
+        """Gradients of one batch, piece by piece; returns its share of the loss, and hits."""
+        state = None
+        if task.continues and self.carried is not None:
+            state = self.model.reset(self.carried, batch.starts)
+        loss, right = 0.0, 0
+        horizon = (self.config.training.horizon or task.segments) * task.segment_length
+        for start in range(0, batch.tokens.shape[1], horizon):
+            part = slice(start, start + horizon)
+            output = self.model(batch.tokens[:, part], memory_state=state)
+            state = output.memory_state.detach()
+            where = batch.targets[:, part], batch.scored[:, part]
+            if bool(where[1].any()):
+                piece = scored_cross_entropy(output.logits, *where) / positions
+                piece.backward()
+                loss += float(piece.detach())
+                right += correct(output.logits, *where)
+        self.carried = state if task.continues else None
+        return loss, right
+
+    def task_at(self, step: int) -> Task:
+        """The task as the curriculum has it at a step."""
+        stages = [s for s in self.config.training.curriculum if s.from_step <= step]
+        if not stages:
+            return self.task
+        number = len(stages)
+        if number not in self.stages:
+            changed: TaskConfig = override(self.config.task, stages[-1].set)
+            self.stages[number] = make_task(changed, self.config.model.segment_length)
+        return self.stages[number]
+
+    def out_of_time(self) -> bool:
+        limit = self.config.training.max_cpu_seconds
+        return limit is not None and self.cpu_seconds >= limit
+
+    def evaluate(self, **task_changes: Any) -> Score:
+        """Score the model on the test split, e.g. `evaluate(segments=32)`."""
+        config = override(self.config.task, {"segments_min": None, **task_changes})
+        task = make_task(config, self.config.model.segment_length)
+        return evaluate(self.model, task, self.config.training.eval_examples)
+
+    def diagnose(self, loss: float, norm: float) -> str:
+        """Why training cannot go on, in words."""
+
+        def bad(tensor: Tensor | None) -> bool:
+            return tensor is not None and not bool(torch.isfinite(tensor).all())
+
+        named = list(self.model.named_parameters())
+        weights = [name for name, p in named if bad(p)]
+        gradients = [name for name, p in named if bad(p.grad)]
+        first = f"weights already bad: {weights[0]}" if weights else "all weights are finite"
+        if gradients:
+            first += f"; {len(gradients)} of {len(named)} gradients are not, first {gradients[0]}"
+        rates = ", ".join(f"{g['name']} {g['lr']:.1e}" for g in self.optimizer.param_groups)
+        saved = latest_checkpoint(self.folder) if self.folder else None
+        return (
+            f"step {self.step}: loss {loss}, gradient norm {norm}; {first}. Rates: {rates}. "
+            f"Last good checkpoint: {saved or 'none'}. "
+            "Try a smaller learning rate, a longer warm-up, or training.max_grad_norm below "
+            f"{self.config.training.max_grad_norm}"
+        )
+
+    # -------------------------------------------------------------------------------- save and resume
+
+    def open_folder(self, folder: Path, resume: bool) -> None:
+        found = latest_checkpoint(folder)
+        if found is not None and not resume:
+            raise FileExistsError(
+                f"{folder} already holds a run ({found.name}): resume it (--resume) or choose another folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        if found is not None:
+            self.load(found)
+        save_config(self.config, folder / "config.yaml")
+
+    def save(self) -> Path:
+        """Write a checkpoint of this very moment and drop the oldest ones."""
+        if self.folder is None:
+            raise ValueError("this trainer has no folder: Trainer(config, folder=…) saves")
+        progress = {
+            "step": self.step,
+            "cpu_seconds": self.cpu_seconds,
+            "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
+            "config": to_dict(self.config),
+        }
+        path = self.folder / "checkpoints" / f"step-{self.step:07d}"
+        if not path.exists():
+            save_checkpoint(self.model, path, self.optimizer, self.carried, progress)
+        prune_checkpoints(self.folder, self.config.training.keep_checkpoints)
+        return path
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on from a checkpoint; only training options may differ from when it was saved."""
+        progress, memory = load_checkpoint(path, self.model, self.optimizer, restore_random=True)
+        saved, mine = progress["config"], json.loads(json.dumps(to_dict(self.config)))
+        for group in ("model", "memory", "task"):
+            if saved[group] != mine[group]:
+                raise CheckpointError(
+                    f"{path}: saved with another {group} configuration; resume with that run's config.yaml"
+                )
+        self.step, self.cpu_seconds = progress["step"], progress["cpu_seconds"]
+        self.schedule.load_state_dict(
+            progress["schedule"] | {"lr_lambdas": [None] * len(self.optimizer.param_groups)}
+        )
+        self.carried = None
+        if memory is not None:
+            template = self.model.init_state(self.config.training.batch_size)
+            self.carried = template.load(memory).to(self.device)
+
+
+def load_run(folder: str | os.PathLike[str]) -> Trainer:
+    """A trained run, opened from its folder at its newest checkpoint.
+
+    Raises CheckpointError if the folder holds no checkpoint.
+    """
+    if latest_checkpoint(folder) is None:
+        raise CheckpointError(f"{folder}: no checkpoint here; train one with memlib train … --out {folder}")
+    return Trainer(load_config(Path(folder, "config.yaml")), folder, resume=True)
