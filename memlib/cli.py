@@ -163,7 +163,14 @@ def config_docs(arguments: argparse.Namespace) -> int:
     ]
     for path, kind, default, doc in reference():
         if kind == "group":
-            lines += ["", f"## {path}", "", f"{doc[0].upper()}{doc[1:]}.", "", "| field | type | default | what it is |"]
+            lines += [
+                "",
+                f"## {path}",
+                "",
+                f"{doc[0].upper()}{doc[1:]}.",
+                "",
+                "| field | type | default | what it is |",
+            ]
             lines += ["| --- | --- | --- | --- |"]
         else:
             cells = (f"`{path}`", kind, f"`{default}`", doc)

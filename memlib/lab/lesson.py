@@ -1,0 +1,91 @@
+"""What every notebook of the lab needs around its idea: predictions, verdicts, exercises, a time budget.
+
+lesson = Lesson("03", cpu_seconds=120)
+guess = lesson.predict("Accuracy without memory, 0 to 1?", 0.5)
+…
+guess.compare(measured)
+lesson.verdict({"equal to memlib's": same, "beats its control": better})
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def store_path() -> Path:
+    """Where predictions are kept: $MEMLIB_HOME, or .memlib in the home folder."""
+    return Path(os.environ.get("MEMLIB_HOME", Path.home() / ".memlib")) / "predictions.json"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What you expected, kept from before the run."""
+
+    question: str
+    expected: float
+
+    def compare(self, measured: float, close: float = 0.1) -> None:
+        """Print expectation and measurement side by side; within `close` counts as right."""
+        verdict = "you knew" if abs(self.expected - measured) <= close else "a surprise worth a thought"
+        print(self.question)
+        print(f"  you said {self.expected:g}, measured {measured:.3g}: {verdict}")
+
+
+class Lesson:
+    """One notebook's session: fixed seed, one torch thread, and a clock of processor time."""
+
+    def __init__(self, number: str, cpu_seconds: float, seed: int = 0) -> None:
+        import torch
+
+        from memlib.training.checkpoint import set_seed
+
+        self.number, self.cpu_seconds = number, cpu_seconds
+        torch.set_num_threads(1)
+        set_seed(seed)
+
+    def predict(self, question: str, expected: float) -> Prediction:
+        """Keep a prediction (in this session and on disk) to be compared with the measurement later."""
+        path = store_path()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            kept[f"{self.number}: {question}"] = expected
+            scratch = path.with_suffix(f".{os.getpid()}.part")
+            scratch.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+            scratch.replace(path)
+        except (OSError, json.JSONDecodeError) as error:
+            print(f"(kept for this session only: {path}: {error})")
+        return Prediction(question, expected)
+
+    def verdict(self, claims: dict[str, bool]) -> None:
+        """Print each claim with yes or NO: the lines that the notebook's test compares."""
+        width = max(len(claim) for claim in claims)
+        for claim, holds in claims.items():
+            print(f"{claim:.<{width + 3}} {'yes' if holds else 'NO'}")
+
+    @contextmanager
+    def exercise(self, name: str) -> Iterator[None]:
+        """Run an exercise's checks; says solved, or what is still wrong, and lets the notebook go on."""
+        try:
+            yield
+        except NotImplementedError:
+            print(f"○ {name}: not tried yet")
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            reason = str(error) or where.line or type(error).__name__
+            print(f"✗ {name}: not yet ({reason})")
+        else:
+            print(f"✓ {name}: solved")
+
+    def within_budget(self) -> bool:
+        """Whether this notebook's process has kept to its processor time; prints what it used."""
+        used = time.process_time()
+        print(f"{used:.0f} CPU-seconds used of {self.cpu_seconds:g}")
+        return used <= self.cpu_seconds
