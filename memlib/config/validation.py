@@ -81,6 +81,9 @@ def check_fields(config: Any, path: str) -> None:
             check_fields(value, here)
             continue
         setattr(config, f.name, value := convert(value, hints[f.name], here))
+        for i, item in enumerate(value if isinstance(value, list) else ()):
+            if is_dataclass(item):
+                check_fields(item, f"{here}[{i}]")
         low, high = f.metadata.get("low"), f.metadata.get("high")
         if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
             continue

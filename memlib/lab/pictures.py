@@ -63,7 +63,7 @@ def gates_over_time(
             axis.plot(values, label=label, color=ROLE.get(label), drawstyle="steps-mid", linewidth=1.6)
         _borders(axis, max(map(len, gates.values())), segment_length)
         axis.set(xlabel="token", ylabel="gate", ylim=(-0.05, 1.05))
-        axis.legend(loc="upper right", frameon=False)
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(gates), frameon=False)
 
     said = "; ".join(f"{name} from {v.min():.2f} to {v.max():.2f}" for name, v in gates.items())
     return picture(draw, f"Gate values over {max(map(len, gates.values()))} tokens: {said}.")

@@ -100,6 +100,8 @@ class MemoryTransformerBlock(nn.Module):
         return cast(list[Memory], list(self.memories.values()))
 
     def close_memory(self) -> None:
-        """Shut every memory out (law L5): the block is then exactly the plain one."""
+        """Shut every memory out (law L5), and B's extra MLP: the block is then exactly the plain one."""
         if self.fusion is not None:
             self.fusion.close()
+        if self.extra_mlp is not None:
+            nn.init.zeros_(self.extra_mlp.down_proj.weight)

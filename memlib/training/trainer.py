@@ -174,11 +174,11 @@ class Trainer:
         limit = self.config.training.max_cpu_seconds
         return limit is not None and self.cpu_seconds >= limit
 
-    def evaluate(self, **task_changes: Any) -> Score:
-        """Score the model on the test split, e.g. `evaluate(segments=32)`."""
+    def evaluate(self, examples: int | None = None, memory: bool = True, **task_changes: Any) -> Score:
+        """Score the model on the test split, e.g. `evaluate(segments=32)`; memory=False is the ablation."""
         config = override(self.config.task, {"segments_min": None, **task_changes})
         task = make_task(config, self.config.model.segment_length)
-        return evaluate(self.model, task, self.config.training.eval_examples)
+        return evaluate(self.model, task, examples or self.config.training.eval_examples, memory=memory)
 
     def diagnose(self, loss: float, norm: float) -> str:
         """Why training cannot go on, in words."""
