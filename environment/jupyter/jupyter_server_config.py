@@ -4,19 +4,32 @@ A person's own ~/.jupyter still applies to whatever is not set here, and the com
 both. There is no token in here on purpose: Jupyter draws a new one at each start.
 """
 
+import logging
 import os
+import re
 from pathlib import Path
 
 c = get_config()
+
+
+def one_address(record: logging.LogRecord) -> bool:
+    """Jupyter greets with a file and every spelling of its address; a person needs one that works."""
+    addresses = re.findall(r"http\S+token=\S+", record.getMessage())
+    if addresses:
+        record.msg, record.args = f"\n\n    The lab is at {addresses[-1]}\n", ()
+    return True
+
 
 c.ServerApp.root_dir = str(Path(__file__).resolve().parents[2])
 c.ServerApp.ip = "127.0.0.1"
 c.ServerApp.allow_root = hasattr(os, "geteuid") and os.geteuid() == 0
 c.LabApp.default_url = "/lab/tree/notebooks/00_start_here.ipynb"
 
-# With these two the terminal shows one address, and after it only what went wrong.
-c.ServerApp.log_level = "WARN"
-c.ServerApp.no_browser_open_file = True
+# The terminal shows the address, and after it only what went wrong.
+c.Application.log_level = "WARN"
+logging.getLogger("ServerApp").addFilter(one_address)
+# Jupyter's own timeout is three intervals, which tornado refuses, with a warning for each kernel.
+c.ServerApp.tornado_settings = {"ws_ping_interval": 30_000, "ws_ping_timeout": 30_000}
 # One Ctrl-C stops the lab; notebooks save themselves.
 c.ServerApp.answer_yes = True
 

@@ -98,7 +98,7 @@ class SlotAddress(nn.Module):
         self.num_heads = config.num_heads
         self.proj = nn.Linear(hidden_dim, slot_dim, bias=False)
         rows = identity_slots(config.num_slots, slot_dim // config.num_heads)
-        self.table = nn.Parameter(rearrange(rows, "(s h) k -> h s k", h=config.num_heads))
+        self.table = nn.Parameter(rearrange(rows, "(s h) k -> h s k", h=config.num_heads).contiguous())
         self.sharpness = nn.Parameter(torch.tensor(config.address_sharpness))
 
     def forward(self, features: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ def count_parameters(model: nn.Module, trainable_only: bool = True) -> int:
 def format_params(count: int) -> str:
     """1234 -> "1.2K", 350_000_000 -> "350M", 1_200_000_000 -> "1.2B"."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= size:
+        if count >= 0.99995 * size:  # 999_999 is 1M, not 1000K
             figure = f"{count / size:.1f}"
             return figure.removesuffix(".0") + unit
     return str(count)

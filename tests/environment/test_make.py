@@ -1,0 +1,198 @@
+"""The lock files, the Makefile and the lab's server: what a person meets before any notebook."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+import websocket
+
+ROOT = Path(__file__).resolve().parents[2]
+LOCKS = sorted((ROOT / "environment").glob("*.txt"))
+
+
+def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def test_help_has_a_line_for_each_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY:((?:.*\\\n)*.*)$", makefile, re.M)[1].replace("\\\n", " ").split()
+    listed = dict(re.findall(r"^  make ([a-z-]+) +(\S.*)$", run("make", "help").stdout, re.M))
+    assert sorted(listed) == sorted(phony)
+    assert run("make").stdout == run("make", "help").stdout
+
+
+def test_an_unknown_build_of_torch_is_refused() -> None:
+    refused = run("make", "env", "TORCH=rocm")
+    assert refused.returncode != 0
+    assert "TORCH=rocm" in refused.stderr and "cpu and cuda" in refused.stderr
+
+
+def test_env_names_the_python_it_found_and_the_one_it_needs(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "environment", tmp_path / "environment")
+    other = tmp_path / "python3"
+    other.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2 || exit 1\n')
+    other.chmod(0o755)
+    refused = run("bash", "environment/env.sh", "cpu", str(other), cwd=tmp_path)
+    assert refused.returncode != 0
+    for part in ("needs Python 3.11", "found Python 3.9.2", "make env PYTHON="):
+        assert part in refused.stderr
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of what lock.py reads, to damage."""
+    shutil.copytree(ROOT / "environment", tmp_path / "environment")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def check_lock(root: Path) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "environment/lock.py", "--check", cwd=root)
+
+
+def test_the_lock_satisfies_pyproject() -> None:
+    assert check_lock(ROOT).returncode == 0, check_lock(ROOT).stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "pattern", "replacement", "complaint"),
+    [
+        ("base.txt", r"^einops==.*\\\n( +--hash.*\n)+", "", "no pin for einops"),
+        ("base.txt", r"^setuptools==.*\\\n( +--hash.*\n)+", "", "no pin for setuptools"),
+        ("base.txt", r"^einops==[^ ]+", "einops==0.7.9", "einops==0.7.9 is not >=0.8.2"),
+        ("base.txt", r"^(einops==.*) \\\n( +--hash.*\n)+", r"\1\n", "nor its hash: einops=="),
+        ("torch-cpu.txt", r"^triton==[^ ]+", "triton==3.8.0", "triton==3.8.0 is not ==3.7.1"),
+        ("torch-cuda.txt", r"^torch==[^ ]+", "torch==2.14.0", "torch==2.14.0 is not >=2.13,<2.14"),
+        ("extras.txt", r"^peft==.*\\\n( +--hash.*\n)+", "", "no pin for peft"),
+        ("base.txt", r"\A", "--index-url https://example.org/simple\n", "--index-url"),
+    ],
+)
+def test_a_lock_that_falls_short_is_refused(
+    tree: Path, file: str, pattern: str, replacement: str, complaint: str
+) -> None:
+    path = tree / "environment" / file
+    damaged, count = re.subn(pattern, replacement, path.read_text(), count=1, flags=re.M)
+    assert count == 1
+    path.write_text(damaged)
+    refused = check_lock(tree)
+    assert refused.returncode != 0
+    assert complaint in refused.stderr and file in refused.stderr and "make lock" in refused.stderr
+
+
+def test_a_dependency_without_a_pin_is_refused(tree: Path) -> None:
+    pyproject = tree / "pyproject.toml"
+    pyproject.write_text(
+        pyproject.read_text().replace("dependencies = [", 'dependencies = [\n    "jax>=0.4",', 1)
+    )
+    assert "no pin for jax" in check_lock(tree).stderr
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.name)
+def test_locks_name_no_place_but_the_index_of_cpu_builds(lock: Path) -> None:
+    addresses = re.findall(r"^(?:.*://.*|-.*)$", lock.read_text(), re.M)
+    allowed = ["--extra-index-url https://download.pytorch.org/whl/cpu"]
+    assert addresses == (allowed if lock.name == "torch-cpu.txt" else [])
+
+
+@dataclass
+class Lab:
+    url: str
+    log: Path
+
+    def get(self, path: str, token: bool = True, **options: object) -> tuple[int, str]:
+        """Status and body of the server's answer."""
+        address = urlsplit(self.url)
+        headers = {"Authorization": "token " + parse_qs(address.query)["token"][0]} if token else {}
+        request = urllib.request.Request(f"http://{address.netloc}{path}", headers=headers, **options)
+        try:
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, ""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """`make lab` as a person without any Jupyter settings would start it, with this Python."""
+    home = tmp_path_factory.mktemp("home")
+    log = home / "lab.log"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ours = re.compile("JUPYTER|IPYTHON|XDG_|OMP_|MAKE|MFLAGS")
+    environ = {k: v for k, v in os.environ.items() if not ours.match(k)} | {"HOME": str(home)}
+    command = ["make", "lab", f"BIN={Path(sys.executable).parent}", "ENV="]
+    command += [f"LAB_ARGS=--no-browser --ServerApp.port={port} --ServerApp.port_retries=0"]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environ, stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while not (found := re.search(r"http://\S+", log.read_text())):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield Lab(found[0], log)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=30)
+
+
+def test_the_lab_prints_one_address_with_a_token_of_its_own(lab: Lab) -> None:
+    assert re.findall(r"\w+:/\S+", lab.log.read_text()) == [lab.url]
+    address = urlsplit(lab.url)
+    assert address.hostname == "127.0.0.1"
+    assert address.path == "/lab/tree/notebooks/00_start_here.ipynb"
+    assert re.fullmatch(r"[0-9a-f]{48}", parse_qs(address.query)["token"][0])
+
+
+def test_the_lab_answers_only_with_the_token(lab: Lab) -> None:
+    assert lab.get("/api/status", token=False)[0] == 403
+    assert lab.get("/api/contents", token=False)[0] == 403
+    assert lab.get("/api/status")[0] == 200
+    status, page = lab.get("/lab")
+    assert status == 200 and "<title>JupyterLab</title>" in page
+
+
+def test_the_lab_opens_the_repository_with_its_settings(lab: Lab) -> None:
+    listing = json.loads(lab.get("/api/contents")[1])
+    assert "pyproject.toml" in [entry["path"] for entry in listing["content"]]
+    page = lab.get("/lab")[1]
+    config = json.loads(re.search(r'id="jupyter-config-data"[^>]*>(.*?)</script>', page, re.S)[1])
+    assert config["extensionManager"]["name"] == "read-only"
+    assert config["news"] == {"disabled": True}
+    settings = lab.get("/lab/api/settings/@jupyterlab/apputils-extension:kernels-settings")[1]
+    comms = json.loads(settings)["schema"]["properties"]["commsOverSubshells"]
+    assert comms["default"] == "disabled"
+
+
+def test_a_kernel_is_this_python_with_one_thread_and_no_noise(lab: Lab) -> None:
+    _, answer = lab.get("/api/kernels", method="POST", data=b"{}")
+    address, token = urlsplit(lab.url).netloc, urlsplit(lab.url).query
+    channels = f"ws://{address}/api/kernels/{json.loads(answer)['id']}/channels?{token}&session_id=1"
+    code = "import os, sys; print(os.environ['OMP_NUM_THREADS'], sys.executable)"
+    header = {"msg_id": "1", "msg_type": "execute_request", "session": "1", "version": "5.3"}
+    request = {"header": header, "channel": "shell", "content": {"code": code}}
+    request |= {"parent_header": {}, "metadata": {}}
+    socket = websocket.create_connection(channels, timeout=30)
+    socket.send(json.dumps(request))
+    while (message := json.loads(socket.recv()))["header"]["msg_type"] != "stream":
+        assert message["header"]["msg_type"] != "error", message
+    socket.close()
+    assert message["content"]["text"] == f"1 {sys.executable}\n"
+    assert "WARNING" not in lab.log.read_text()

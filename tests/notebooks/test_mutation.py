@@ -1,0 +1,67 @@
+"""The notebooks' own checks mean something: break the package, and the notebook goes red.
+
+Each mutant is one replaced piece of the package's source, in a copy that stands before the real package on
+the import path; then nbval runs the notebook as `make test` does.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+MUTANTS = {
+    "forget gate pinned to 1": (
+        "03_internal_memory",
+        "memory/internal.py",
+        'self.forget_probe(rearrange(torch.sigmoid(self.forget_gate(context)), "b n 1 -> b n"))',
+        "self.forget_probe(torch.ones_like(mask, dtype=hidden.dtype))",
+    ),
+    "segment written before it is read": (
+        "03_internal_memory",
+        "models/transformer.py",
+        "output = block(stream, past.keys[layer], past.values[layer], allowed, states)",
+        "states = tuple(m.write(stream, s, new) for m, s in zip(block.kinds(), states)); "
+        "output = block(stream, past.keys[layer], past.values[layer], allowed, states)",
+    ),
+    "reset forgets nothing": (
+        "00_start_here",
+        "models/transformer.py",
+        "old.where(~rows, new) for old, new",
+        "old for old, new",
+    ),
+    "attention sees the future": (
+        "01_baseline_transformer",
+        "nn/attention.py",
+        "mask, is_causal=mask is None",
+        "mask, is_causal=False",
+    ),
+}
+
+
+def nbval(notebook: str, path: Path, home: Path) -> subprocess.CompletedProcess[str]:
+    """Run one notebook as the tests do, up to its first red cell, with `path` before the real package."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--nbval-lax"]
+    command += ["--nbval-current-env", "--nbval-cell-timeout=600", f"notebooks/{notebook}.ipynb"]
+    environment = os.environ | {"PYTHONPATH": str(path), "MEMLIB_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_broken_package_turns_the_notebook_red(name, tmp_path):
+    notebook, file, old, new = MUTANTS[name]
+    shutil.copytree(ROOT / "memlib", tmp_path / "memlib", ignore=shutil.ignore_patterns("__pycache__"))
+    target = tmp_path / "memlib" / file
+    source = target.read_text(encoding="utf-8")
+    assert source.count(old) == 1, f"the mutant no longer fits {file}"
+    target.write_text(source.replace(old, new), encoding="utf-8")
+    result = nbval(notebook, tmp_path, tmp_path)
+    assert result.returncode == 1, result.stdout[-2000:]
+    assert "failed" in result.stdout.splitlines()[-1], result.stdout[-2000:]

@@ -1,0 +1,149 @@
+"""What nbval cannot see: that notebooks ran whole, check something, and stay small and offline.
+
+nbval itself runs every notebook and compares the verdict cells (`make test` passes it the folder).
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from memlib.lab.notebooks import Exercise, exercises
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+KILOBYTES = 500
+LINES = 25
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+@pytest.fixture
+def notebook(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook, tag=None):
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [c for c in cells if tag is None or tag in c.metadata.get("tags", [])]
+
+
+def printed(cell) -> str:
+    return "".join(o.get("text", "") for o in cell.outputs if o.output_type == "stream")
+
+
+def test_there_are_notebooks():
+    assert [p.stem[:2] for p in NOTEBOOKS] == [f"{i:02d}" for i in range(len(NOTEBOOKS))]
+    assert len(NOTEBOOKS) >= 4
+
+
+def test_every_cell_was_run_in_order(notebook):
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+def test_no_stored_error_and_no_widget_state(notebook):
+    assert not [o for c in code_cells(notebook) for o in c.outputs if o.output_type == "error"]
+    assert "widgets" not in notebook.metadata
+    kinds = {kind for c in code_cells(notebook) for o in c.outputs for kind in o.get("data", {})}
+    assert "application/vnd.jupyter.widget-view+json" not in kinds
+
+
+def test_verdicts(notebook):
+    """At least three compared cells, each with lines that end in yes, and nothing that may vary."""
+    checked = code_cells(notebook, "nbval-check-output")
+    assert len(checked) >= 3
+    for cell in checked:
+        lines = printed(cell).splitlines()
+        assert lines and all(line.endswith(". yes") for line in lines), cell.source
+
+
+def test_nothing_is_skipped(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"nbval-skip|NBVAL_SKIP|nbval-ignore-output|NBVAL_IGNORE", text)
+    assert text.count('"raises-exception"') <= 2
+
+
+def test_keeps_to_its_budget(notebook):
+    """The lesson declares at most 120 CPU-seconds, and the last verdict says they were kept."""
+    (setup,) = re.findall(r"Lesson\(\"\d\d\", cpu_seconds=(\d+)\)", "".join(c.source for c in notebook.cells))
+    assert int(setup) <= 120
+    assert "within the budget" in printed(code_cells(notebook, "nbval-check-output")[-1])
+
+
+def test_small(path, notebook):
+    assert path.stat().st_size <= KILOBYTES * 1000
+    long = [c.source for c in code_cells(notebook) if len(c.source.splitlines()) > LINES]
+    assert not long, f"cells of more than {LINES} lines:\n{long[:1]}"
+
+
+def test_installs_and_fetches_nothing(notebook):
+    source = "\n".join(cell.source for cell in code_cells(notebook))
+    assert not re.search(
+        r"[!%]\s*(pip|conda|apt)|urlopen|requests\.|wget|curl |load_dataset|https?://", source
+    )
+
+
+def test_every_class_is_used(notebook):
+    """A teaching class that never runs is where teaching material goes wrong."""
+    source = "\n\n".join(cell.source for cell in code_cells(notebook))
+    classes = [node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+    for name in classes:
+        assert re.search(rf"(?<!class )\b{name}(\(|\.apply\()", source), f"class {name} is never used"
+
+
+def test_predictions_are_compared(notebook):
+    source = "\n".join(cell.source for cell in code_cells(notebook))
+    guesses = re.findall(r"(\w+) = lesson\.predict\(", source)
+    assert guesses
+    assert [g for g in guesses if f"{g}.compare(" not in source] == []
+
+
+CASES = [
+    pytest.param(p, exercise, id=f"{p.stem[:2]}-{exercise.name.replace(' ', '-')}")
+    for p in NOTEBOOKS
+    for exercise in exercises(nbformat.read(p, as_version=4))
+]
+
+
+def answer(path: Path, exercise: Exercise, code: str, monkeypatch, folder: Path) -> str:
+    """What the check prints when the exercise cell holds `code` (after the setup and define cells)."""
+    monkeypatch.setenv("MEMLIB_HOME", str(folder))
+    notebook = nbformat.read(path, as_version=4)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for cell in notebook.cells[: exercise.cell]:
+        if {"setup", "define"} & set(cell.metadata.get("tags", [])):
+            exec(cell.source, namespace)
+    exec(code, namespace)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(notebook.cells[exercise.cell + 1].source, namespace)
+    return said.getvalue()
+
+
+@pytest.mark.parametrize(("path_", "exercise"), CASES)
+def test_solution_passes_and_wrong_answer_fails(path_, exercise, monkeypatch, tmp_path):
+    stub = nbformat.read(path_, as_version=4).cells[exercise.cell].source
+    assert answer(path_, exercise, stub, monkeypatch, tmp_path).startswith("○")
+    assert answer(path_, exercise, exercise.solution, monkeypatch, tmp_path).startswith("✓")
+    assert answer(path_, exercise, exercise.wrong, monkeypatch, tmp_path).startswith("✗")
+
+
+def test_every_notebook_has_exercises(notebook):
+    assert len(exercises(notebook)) >= 2
+
+
+def test_names_the_plain_kernel(path):
+    """Stored metadata names the plain kernel, so that any environment can open the notebook."""
+    metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"]
+    assert metadata["kernelspec"]["name"] == "python3"
