@@ -81,8 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     docs.add_argument("--out", type=Path)
     docs.set_defaults(run=config_docs)
 
-    command = commands.add_parser("doctor", help="say what this machine can do", add_help=False)
-    command.add_argument("rest", nargs=argparse.REMAINDER)
+    command = commands.add_parser("doctor", help="say what this machine can do")
+    command.add_argument("--json", action="store_true", help="for programs")
     command.set_defaults(run=doctor)
     return parser
 
@@ -187,7 +187,7 @@ def config_docs(arguments: argparse.Namespace) -> int:
 def doctor(arguments: argparse.Namespace) -> int:
     from memlib.doctor import main as report
 
-    return report(arguments.rest)
+    return report(["--json"] if arguments.json else [])
 
 
 if __name__ == "__main__":

@@ -67,18 +67,15 @@ class Trainer:
         torch.set_num_threads(training.num_threads)
         set_seed(training.seed)
         self.device = torch.device(training.device)
-        self.task = make_task(config.task, config.model.segment_length)
-        if self.task.vocab_size > config.model.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size = {config.model.vocab_size}: task {config.task.name} has "
-                f"{self.task.vocab_size} tokens; raise it to that"
-            )
+        self.task = self.make_task(config.task)
+        self.stages = [
+            (s.from_step, self.make_task(override(config.task, s.set))) for s in training.curriculum
+        ]
         self.model = MemoryTransformer(config).to(self.device)
         self.optimizer = make_optimizer(self.model, training)
         self.schedule = make_schedule(self.optimizer, training)
         self.step, self.cpu_seconds = 0, 0.0
         self.carried: MemoryState | None = None
-        self.stages: dict[int, Task] = {}
         self.folder = Path(folder) if folder is not None else None
         if self.folder is not None:
             self.open_folder(self.folder, resume)
@@ -119,6 +116,8 @@ class Trainer:
         training = self.config.training
         self.model.train()
         task = self.task_at(self.step)
+        if self.step and task is not self.task_at(self.step - 1):
+            self.carried = None  # the rows of a text stand elsewhere now
         count = training.gradient_accumulation_steps
         batches = [
             task.batch(training.batch_size, self.step * count + i, training.seed).to(self.device)
@@ -159,16 +158,20 @@ class Trainer:
         self.carried = state if task.continues else None
         return loss, right
 
+    def make_task(self, config: TaskConfig) -> Task:
+        """The task of a configuration; ConfigError where it has more tokens than the model."""
+        task = make_task(config, self.config.model.segment_length)
+        if task.vocab_size > self.config.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size = {self.config.model.vocab_size}: task {config.name} has "
+                f"{task.vocab_size} tokens; raise it to that"
+            )
+        return task
+
     def task_at(self, step: int) -> Task:
         """The task as the curriculum has it at a step."""
-        stages = [s for s in self.config.training.curriculum if s.from_step <= step]
-        if not stages:
-            return self.task
-        number = len(stages)
-        if number not in self.stages:
-            changed: TaskConfig = override(self.config.task, stages[-1].set)
-            self.stages[number] = make_task(changed, self.config.model.segment_length)
-        return self.stages[number]
+        begun = [task for first, task in self.stages if first <= step]
+        return begun[-1] if begun else self.task
 
     def out_of_time(self) -> bool:
         limit = self.config.training.max_cpu_seconds
@@ -231,20 +234,31 @@ class Trainer:
         return path
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Go on from a checkpoint; only training options may differ from when it was saved."""
-        progress, memory = load_checkpoint(path, self.model, self.optimizer, restore_random=True)
+        """Go on from a checkpoint; only training options may differ from when it was saved.
+
+        Where they move the rows of a text, its memory begins anew.
+        """
+        progress, memory = load_checkpoint(path)
         saved, mine = progress["config"], json.loads(json.dumps(to_dict(self.config)))
         for group in ("model", "memory", "task"):
             if saved[group] != mine[group]:
                 raise CheckpointError(
                     f"{path}: saved with another {group} configuration; resume with that run's config.yaml"
                 )
+        rates = self.schedule.base_lrs
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        load_checkpoint(path, self.model, self.optimizer, restore_random=True)
         self.step, self.cpu_seconds = progress["step"], progress["cpu_seconds"]
         self.schedule.load_state_dict(
-            progress["schedule"] | {"lr_lambdas": [None] * len(self.optimizer.param_groups)}
+            progress["schedule"] | {"lr_lambdas": [None] * len(rates), "base_lrs": rates}
         )
+        for options, rate, decay, factor in zip(
+            self.optimizer.param_groups, rates, decays, self.schedule.lr_lambdas, strict=True
+        ):
+            options.update(initial_lr=rate, lr=rate * factor(self.step), weight_decay=decay)
+        placing = ("seed", "batch_size", "gradient_accumulation_steps")
         self.carried = None
-        if memory is not None:
+        if memory is not None and all(saved["training"][name] == mine["training"][name] for name in placing):
             template = self.model.init_state(self.config.training.batch_size)
             self.carried = template.load(memory).to(self.device)
 
