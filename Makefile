@@ -64,8 +64,9 @@ docs-check: $(ENV) ## Fail if docs/config.md is out of date
 	@diff -u docs/config.md .venv/config.md || \
 		{ echo "docs/config.md is out of date; 'make docs' writes it anew"; exit 1; }
 
-table: $(ENV) ## Measure the recall table on this machine
+table: $(ENV) ## Measure the README's tables on this machine (5 minutes)
 	$(BIN)/memlib table recall
+	$(BIN)/memlib table rewrite
 
 lock: ## Bring the lock files up to pyproject.toml; newest versions: LOCK_ARGS=--upgrade
 	@test -x $(BIN)/uv || $(MAKE) --no-print-directory env

@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("table", help="train and measure one of the README's tables")
     command.add_argument("name", choices=["recall", "rewrite"])
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    command.add_argument("--segments", type=int, nargs="+", default=[4, 32])
+    command.add_argument("--segments", type=int, nargs="+", default=[4, 6, 32])
     command.add_argument("--out", type=Path, default=Path("runs"), help="finished runs in it are reused")
     command.add_argument("--json", type=Path, help="default: OUT/NAME.json")
     command.set_defaults(run=table)
@@ -127,13 +127,19 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def table(arguments: argparse.Namespace) -> int:
-    from memlib.training.comparison import compare, named_comparison, to_markdown, write_json
+    from memlib.training.comparison import (
+        compare,
+        named_comparison,
+        summary,
+        to_markdown,
+        write_json,
+    )
 
     configs = named_comparison(arguments.name)
     results = compare(configs, arguments.seeds, arguments.segments, arguments.out)
     target = arguments.json or arguments.out / f"{arguments.name}.json"
     write_json(results, target)
-    print(to_markdown(results))
+    print(f"{to_markdown(results)}\n\n{summary(results)}")
     print(f"\nwritten to {target}")
     return 0
 

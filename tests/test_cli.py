@@ -71,4 +71,4 @@ def test_compared_presets_have_equal_parameters():
 
 def test_doctor(capsys):
     assert main(["doctor", "--json"]) in (0, 1)
-    assert "python" in json.loads(capsys.readouterr().out)
+    assert "Python" in json.loads(capsys.readouterr().out)

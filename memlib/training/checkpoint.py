@@ -54,10 +54,13 @@ def save_checkpoint(
     (scratch / "checkpoint.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     for file in (*scratch.iterdir(), scratch):
         flush(file)
+    before = target.with_name(f".{target.name}.before.part")
+    shutil.rmtree(before, ignore_errors=True)
     if target.exists():
-        shutil.rmtree(target)
+        os.rename(target, before)
     os.rename(scratch, target)
     flush(target.parent)
+    shutil.rmtree(before, ignore_errors=True)
     return target
 
 
@@ -89,7 +92,7 @@ def load_checkpoint(
             f"{folder}: not a whole checkpoint ({Path(error.filename or '').name} is missing); "
             "use latest_checkpoint(run folder)"
         ) from None
-    except (SafetensorError, json.JSONDecodeError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder}: cannot be loaded ({error}); use an earlier checkpoint, or the configuration "
             "it was saved with"

@@ -74,21 +74,33 @@ def named_comparison(name: str) -> dict[str, Config]:
 def to_markdown(results: Sequence[Result]) -> str:
     """A table with one row per run."""
     segments = list(results[0].accuracy)
-    head = ["run", "seed", "parameters", "steps", "CPU-s", "chance", *(f"{n} segments" for n in segments)]
     rows = [
-        [
-            r.name,
-            str(r.seed),
-            f"{r.parameters:,}",
-            str(r.steps),
-            f"{r.cpu_seconds:.1f}",
-            f"{r.chance:.4f}",
-            *(f"{r.accuracy[n]:.4f}" for n in segments),
-        ]
+        [r.name, str(r.seed), f"{r.parameters:,}", str(r.steps), f"{r.cpu_seconds:.1f}", f"{r.chance:.4f}"]
+        + [f"{r.accuracy[n]:.4f}" for n in segments]
         for r in results
     ]
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    head = ["run", "seed", "parameters", "steps", "CPU-s", "chance", *(f"{n} segments" for n in segments)]
+    return markdown(head, rows)
+
+
+def summary(results: Sequence[Result]) -> str:
+    """A table with one row per configuration: the span of its seeds."""
+    segments, rows = list(results[0].accuracy), []
+    for name in dict.fromkeys(r.name for r in results):
+        runs = [r for r in results if r.name == name]
+        spans = [sorted(r.accuracy[n] for r in runs) for n in segments]
+        seconds = max(r.cpu_seconds for r in runs)
+        rows.append(
+            [name, f"{runs[0].parameters:,}", str(len(runs)), f"{seconds:.0f}"]
+            + [f"{span[0]:.3f} – {span[-1]:.3f}" for span in spans]
+        )
+    head = ["model", "parameters", "seeds", "CPU-s each, at most", *(f"{n} segments" for n in segments)]
+    return markdown(head, rows)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
 
 
 def write_json(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
@@ -103,3 +115,12 @@ def write_json(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
     }
     scratch.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     os.replace(scratch, target)
+
+
+def read_json(path: str | os.PathLike[str]) -> list[Result]:
+    """The results that `write_json` wrote."""
+    document = json.loads(Path(path).read_text(encoding="utf-8"))
+    return [
+        Result(**{**result, "accuracy": {int(n): a for n, a in result["accuracy"].items()}})
+        for result in document["results"]
+    ]
