@@ -89,13 +89,22 @@ def slots_over_time(
     return picture(draw, alt, (8, 3.4))
 
 
-def heat_map(values: np.ndarray, xlabel: str, ylabel: str, alt: str, marks: Sequence[str] = ()) -> Picture:
-    """A matrix as colours, [y x]; `marks` name the columns where they are few."""
+def heat_map(
+    values: np.ndarray,
+    xlabel: str,
+    ylabel: str,
+    alt: str,
+    marks: Sequence[str] = (),
+    row_marks: Sequence[str] = (),
+) -> Picture:
+    """A matrix as colours, [y x]; `marks` and `row_marks` name columns and rows where they are few."""
 
     def draw(axis: Any) -> None:
         image = axis.imshow(values, aspect="auto", cmap="cividis", interpolation="nearest")
         if marks:
             axis.set_xticks(range(len(marks)), marks, fontsize=7)
+        if row_marks:
+            axis.set_yticks(range(len(row_marks)), row_marks, fontsize=7)
         axis.set(xlabel=xlabel, ylabel=ylabel)
         axis.figure.colorbar(image, ax=axis)
 

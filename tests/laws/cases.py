@@ -1,0 +1,113 @@
+"""Every architecture the registry offers, as a tiny model in float64.
+
+No memory is named here. A memory that is registered (its file, its dataclass and field in
+`memlib.config`, its line in `MEMORIES`) is a case in each variant its dataclass offers as a `Literal`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+
+from memlib import config as configuration
+from memlib.config import Config, ModelConfig
+from memlib.memory import MEMORIES
+from memlib.models import MemoryTransformer
+
+SEGMENT, VOCAB, BATCH = 4, 17, 3
+SMALL = {"num_slots": 8, "num_heads": 2}  # sizes by field name, in any memory's dataclass
+
+SHARINGS = ("shared", "per_layer", "every_k_layers")
+FUSIONS = {
+    "residual_A": {"fusion": "residual", "memory_block_variant": "A"},
+    "residual_B": {"fusion": "residual", "memory_block_variant": "B"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One architecture: `memory` holds MemoryConfig's options, `kinds` those of each memory."""
+
+    name: str
+    memory: dict[str, Any]
+    kinds: dict[str, dict[str, Any]]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def config(self, **memory: Any) -> Config:
+        parts = {kind: memory_config(kind)(**options) for kind, options in self.kinds.items()}
+        return Config(
+            model=ModelConfig(
+                hidden_dim=16,
+                num_heads=2,
+                num_layers=3,
+                intermediate_dim=24,
+                vocab_size=VOCAB,
+                segment_length=SEGMENT,
+            ),
+            memory=configuration.MemoryConfig(kinds=list(self.kinds), **parts, **self.memory, **memory),
+        )
+
+    def fresh(self, **memory: Any) -> MemoryTransformer:
+        """The model as training would start it; `memory` overrides MemoryConfig's options."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return MemoryTransformer(self.config(**memory)).double().eval()
+
+    def build(self) -> MemoryTransformer:
+        """The model with every parameter moved off its start: always the same weights."""
+        return stir(self.fresh())
+
+
+@torch.no_grad()
+def stir(model: MemoryTransformer, size: float = 0.3) -> MemoryTransformer:
+    """Add noise to every parameter: gates and output maps that start at zero would hide what is wrong."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter += size * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
+
+
+def memory_config(kind: str) -> type:
+    """The dataclass of a registered memory."""
+    return get_type_hints(configuration.MemoryConfig)[kind]
+
+
+def variants(kind: str) -> list[dict[str, Any]]:
+    """Options for every combination of the choices a memory's dataclass offers, in small sizes."""
+    hints = get_type_hints(memory_config(kind))
+    sizes = {name: value for name, value in SMALL.items() if name in hints}
+    choices = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+    return [
+        sizes | dict(zip(choices, picked, strict=True)) for picked in itertools.product(*choices.values())
+    ]
+
+
+def cases() -> list[Case]:
+    """The baseline; each memory in each variant, sharing and fusion; all memories in one model."""
+    found = [BASELINE]
+    for kind in MEMORIES:
+        for options in variants(kind):
+            chosen = "-".join([kind, *(v for v in options.values() if isinstance(v, str))])
+            kinds = {kind: options}
+            found += [Case(f"{chosen}-{s}", {"memory_sharing": s}, kinds) for s in SHARINGS]
+            found += [Case(f"{chosen}-{name}", fusion, kinds) for name, fusion in FUSIONS.items()]
+        gap = {"memory_layer_placement": "custom", "memory_layer_custom": [0, 2]}
+        found.append(Case(f"{kind}-layers_0_2", gap, {kind: variants(kind)[0]}))
+    if len(MEMORIES) > 1:
+        together = {kind: variants(kind)[0] for kind in MEMORIES}
+        found += [Case(f"all-{s}", {"memory_sharing": s}, together) for s in SHARINGS]
+        found += [Case(f"all-{name}", fusion, together) for name, fusion in FUSIONS.items()]
+    return found
+
+
+BASELINE = Case("baseline", {}, {})
+
+
+def has_field(kind: str) -> bool:
+    """Whether `MemoryConfig` has the field a registered memory is configured by."""
+    return kind in [f.name for f in fields(configuration.MemoryConfig)]

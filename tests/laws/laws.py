@@ -1,0 +1,400 @@
+"""The laws L1-L6, each as a function that raises an AssertionError where a model breaks it.
+
+A law takes `make`, which builds the same model anew at every call, and most take a `Feeding`: how long
+the stream is and how it is cut into calls. Real models and the mutants of test_mutants.py go through
+the same functions. Models are in float64: what should be equal is equal to `TIGHT`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+from torch.nn import functional as F
+
+from memlib.config import Config, override
+from memlib.memory import Memory, State
+from memlib.models import MemoryState, MemoryTransformer
+from memlib.tasks import Batch
+from memlib.training.trainer import Trainer
+
+from .cases import BATCH, SEGMENT, VOCAB, Case, stir
+
+TIGHT, EXACT = 1e-10, 0.0
+LONG = 60  # segments of a long stream
+
+Make = Callable[[], MemoryTransformer]
+
+
+@dataclass(frozen=True)
+class Feeding:
+    """A stream of some tokens, given to the model in pieces of these lengths."""
+
+    name: str
+    pieces: tuple[int, ...]
+    padded: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.pieces)
+
+    @property
+    def cut(self) -> int:
+        """Where laws that stop in between stop: inside a segment, or at the end of one if there are many."""
+        return 2 * self.tokens // 3
+
+    def mask(self) -> Tensor | None:
+        """One row whole, one padded on the left, one on the right: of its second segment nothing is real."""
+        if not self.padded:
+            return None
+        mask = torch.ones(BATCH, self.tokens, dtype=torch.int64)
+        mask[1, :2] = 0
+        mask[2, SEGMENT - 1 :] = 0
+        return mask
+
+
+FEEDINGS = [
+    Feeding("one_segment", (SEGMENT,)),
+    Feeding("many_segments", (3 * SEGMENT,)),
+    Feeding("ragged", (SEGMENT - 1, 2 * SEGMENT - 2, 1)),
+    Feeding("padded", (SEGMENT + 1, SEGMENT + 1), padded=True),
+    Feeding("token_by_token", (1,) * (2 * SEGMENT + 2)),
+]
+MANY, PIECES = FEEDINGS[1], FEEDINGS[2]
+
+
+def stream(feeding: Feeding, seed: int = 0) -> Tensor:
+    """Random token ids: [b t]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCAB, (BATCH, feeding.tokens), generator=generator)
+
+
+@torch.no_grad()
+def feed(
+    model: MemoryTransformer,
+    tokens: Tensor,
+    pieces: Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    state: MemoryState | None = None,
+) -> tuple[Tensor, MemoryState]:
+    """Give a stream to a model in pieces (by default in one call): its logits [b t v] and last state."""
+    lengths = list(pieces or [tokens.shape[1]])
+    logits = []
+    for piece, piece_mask in zip(tokens.split(lengths, 1), split(mask, lengths), strict=True):
+        output = model(piece, piece_mask, memory_state=state)
+        logits.append(output.logits)
+        state = output.memory_state
+    return torch.cat(logits, 1), state
+
+
+def split(mask: Tensor | None, lengths: Sequence[int]) -> Sequence[Tensor | None]:
+    """A mask [b t] in pieces of these lengths; None for each where there is none."""
+    return [None] * len(lengths) if mask is None else mask.split(list(lengths), 1)
+
+
+def same(law: str, what: str, got: Tensor, want: Tensor, within: float = TIGHT) -> None:
+    """Raise unless two tensors are equal; a difference that is not a number counts as one."""
+    if got.shape != want.shape:
+        raise AssertionError(f"{law}: {what}: shape {tuple(got.shape)}, not {tuple(want.shape)}")
+    if not got.numel():
+        return
+    gap = float((got.double() - want.double()).abs().max())
+    if not gap <= within:
+        raise AssertionError(f"{law}: {what}: differs by {gap:.1e}")
+
+
+def same_state(law: str, what: str, got: State, want: State, within: float = TIGHT) -> None:
+    """Raise unless two states have the same tensors by the same names."""
+    mine, theirs = dict(got.named_tensors()), dict(want.named_tensors())
+    if list(mine) != list(theirs):
+        raise AssertionError(f"{law}: {what}: tensors {list(mine)}, not {list(theirs)}")
+    for name in mine:
+        same(law, f"{what}: {name}", mine[name], theirs[name], within)
+
+
+def differs(law: str, what: str, got: Tensor, want: Tensor) -> None:
+    """Raise if two tensors are equal: a law that nothing could break proves nothing."""
+    if torch.equal(got, want):
+        raise AssertionError(f"{law}: {what}")
+
+
+def causality(make: Make, feeding: Feeding) -> None:
+    """L1: what comes after position t, tokens or padding, leaves the logits up to t as they are.
+
+    All futures go side by side: row block 0 is the stream, block i the same stream changed after t_i.
+    """
+    law, tokens, t = "L1 causality", stream(feeding), feeding.tokens
+    mask = torch.ones_like(tokens) if feeding.mask() is None else feeding.mask()
+    changed = (tokens + 1 + stream(feeding, seed=1) % (VOCAB - 1)) % VOCAB
+    places = {0, SEGMENT - 2, SEGMENT - 1, SEGMENT, 2 * SEGMENT - 1, t - 2}
+    places = sorted(place for place in places if place <= t - 2)
+    futures = [torch.arange(t) > place for place in places]
+    together = torch.cat([tokens, *(torch.where(future, changed, tokens) for future in futures)])
+    masks = torch.cat([mask, *(torch.where(future, 1 - mask, mask) for future in futures)])
+    logits, _ = feed(make(), together, feeding.pieces, masks if feeding.padded else None)
+    before, *after = logits.split(BATCH)
+    for place, other in zip(places, after, strict=True):
+        same(law, f"logits up to {place}", other[:, : place + 1], before[:, : place + 1])
+        differs(law, f"logits after {place} ignore their own tokens", other, before)
+
+
+def explicit_state(make: Make, feeding: Feeding) -> None:
+    """L2: the state that goes in and comes out is all there is, and nobody changes it on the way."""
+    law, model, twin = "L2 explicit state", make(), make()
+    streams = [stream(feeding), stream(feeding, seed=1)]
+    alone = [feed(model, tokens, feeding.pieces)[0] for tokens in streams]
+    turns = in_turns([model, model, twin], [*streams, streams[0]], feeding.pieces)
+    same(law, "a stream in turns with another through the same model", turns[0], alone[0])
+    same(law, "the other stream", turns[1], alone[1])
+    same(law, "a stream in turns with others through another model", turns[2], alone[0])
+
+    halves = (feeding.cut, feeding.tokens - feeding.cut)
+    (first, rest), masks = streams[0].split(halves, 1), split(feeding.mask(), halves)
+    _, state = feed(model, first, None, masks[0])
+    copy = state.clone()
+    want, _ = feed(model, rest, None, masks[1], state)
+    same_state(law, "the state that was passed in", state, copy, EXACT)
+    again, _ = feed(model, rest, None, masks[1], state)
+    same(law, "going on from the same state a second time", again, want, EXACT)
+    saved = load(save({name: tensor.contiguous().clone() for name, tensor in state.named_tensors()}))
+    restored = model.init_state(BATCH).load(saved)
+    again, _ = feed(twin, rest, None, masks[1], restored)
+    same(law, "going on from a saved state in another model of the same weights", again, want, EXACT)
+
+
+def separate_models(make: Make) -> None:
+    """L2: two models of one process share no parameter, no buffer and no state."""
+
+    def places(model: MemoryTransformer) -> set[int]:
+        state = model.init_state(BATCH)
+        tensors = [*model.parameters(), *model.buffers(), *(t for _, t in state.named_tensors())]
+        return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+
+    first, second = make(), make()
+    if common := places(first) & places(second):
+        raise AssertionError(f"L2 explicit state: two models share {len(common)} tensors")
+
+
+def in_turns(models: list[MemoryTransformer], streams: list[Tensor], pieces: Sequence[int]) -> list[Tensor]:
+    """Logits of several streams, of which each in turn gets its next piece, and at most a segment."""
+    logits: list[list[Tensor]] = [[] for _ in streams]
+    states: list[MemoryState | None] = [None for _ in streams]
+    cuts = {*accumulate(pieces), *range(SEGMENT, sum(pieces), SEGMENT)}
+    for start, stop in pairwise([0, *sorted(cuts)]):
+        for i, model in enumerate(models):
+            said, states[i] = feed(model, streams[i][:, start:stop], state=states[i])
+            logits[i].append(said)
+    return [torch.cat(said, 1) for said in logits]
+
+
+def isolation(make: Make, feeding: Feeding) -> None:
+    """L3: rows never mix: each keeps its logits and state whatever the others say, and in any order."""
+    law, model, tokens, mask = "L3 isolation", make(), stream(feeding), feeding.mask()
+    want, state = feed(model, tokens, feeding.pieces, mask)
+    for rows, others in (([0], [1, 2]), ([1, 2], [0])):
+        changed = tokens.clone()
+        changed[rows] = (changed[rows] + 1) % VOCAB
+        got, got_state = feed(model, changed, feeding.pieces, mask)
+        index = torch.tensor(others)
+        same(law, f"logits beside rows {rows}", got[others], want[others])
+        same_state(law, f"state beside rows {rows}", got_state.rows(index), state.rows(index))
+        differs(law, f"rows {rows} ignore their own tokens", got[rows], want[rows])
+    order = torch.tensor([2, 0, 1])
+    got, got_state = feed(model, tokens[order], feeding.pieces, None if mask is None else mask[order])
+    same(law, "logits of the rows in another order", got, want[order])
+    same_state(law, "state of the rows in another order", got_state, state.rows(order))
+
+
+def forgetting(make: Make, feeding: Feeding) -> None:
+    """L3: a row that is reset goes on like a new stream, also inside a segment; the others like before.
+
+    Inside a segment of which p tokens were read, a new stream is one with p tokens of padding first.
+    """
+    law, model, row = "L3 reset", make(), 1
+    halves = (feeding.cut, feeding.tokens - feeding.cut)
+    first, rest = stream(feeding).split(halves, 1)
+    first_mask, rest_mask = split(feeding.mask(), halves)
+    _, state = feed(model, first, None, first_mask)
+    reset = model.reset(state, torch.arange(BATCH) == row)
+    got, got_state = feed(model, rest, None, rest_mask, reset)
+    kept, kept_state = feed(model, rest, None, rest_mask, state)
+    others = torch.tensor([r for r in range(BATCH) if r != row])
+    same(law, "logits of the other rows", got[others], kept[others])
+    same_state(law, "state of the other rows", got_state.rows(others), kept_state.rows(others))
+
+    read = state.window.length
+    if read or state.banks:
+        differs(law, "a reset changes nothing", got[row], kept[row])
+    padding = torch.zeros(BATCH, read, dtype=torch.int64)
+    new_mask = torch.cat((padding, torch.ones_like(rest) if rest_mask is None else rest_mask), 1)
+    new, new_state = feed(model, torch.cat((padding, rest), 1), None, new_mask)
+    same(law, "logits of the row, against a new stream", got[row], new[row, read:])
+    for mine, theirs in zip(got_state.banks, new_state.banks, strict=True):
+        index = torch.tensor([row])
+        same_state(law, "memory of the row, against a new stream", mine.rows(index), theirs.rows(index))
+
+
+def segmentation(make: Make, feeding: Feeding) -> None:
+    """L4: a stream in one call, in segments and in any pieces: the same logits and the same state."""
+    law, model, tokens, mask = "L4 segmentation", make(), stream(feeding), feeding.mask()
+    want, state = feed(model, tokens, None, mask)
+    t = feeding.tokens
+    segments = [min(SEGMENT, t - start) for start in range(0, t, SEGMENT)]
+    for pieces in (feeding.pieces, segments, (1, t - 2, 1)):
+        got, got_state = feed(model, tokens, pieces, mask)
+        same(law, f"logits in pieces of {tuple(pieces)}", got, want)
+        same_state(law, f"state after pieces of {tuple(pieces)}", got_state, state)
+
+
+def padding(make: Make) -> None:
+    """L4: padding leaves no trace: not in the logits of real tokens, not in what is remembered."""
+    law, model, tokens = "L4 padding", make(), stream(PIECES)
+    lengths = torch.tensor([tokens.shape[1], SEGMENT + 2, 3])
+    mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
+    together, _ = feed(model, tokens, None, mask)
+    for row, length in enumerate(lengths.tolist()):
+        alone, _ = feed(model, tokens[row : row + 1, :length])
+        same(law, f"a row of {length} tokens beside longer ones", together[row, :length], alone[0])
+
+    real = SEGMENT - 2
+    left, right = (torch.ones(BATCH, SEGMENT, dtype=torch.int64) for _ in range(2))
+    left[1, :2], right[1, real:] = 0, 0
+    at_right = tokens[:, :SEGMENT]
+    at_left = at_right.clone()
+    at_left[1, 2:] = at_right[1, :real]
+    at_left[1, :2] = (at_right[1, real:] + 1) % VOCAB
+    before, state_left = feed(model, at_left, None, left)
+    after, state_right = feed(model, at_right, None, right)
+    same(law, "logits with padding on the left, against the right", before[1, 2:], after[1, :real])
+    same_state(law, "state after padding on the left, against the right", state_left, state_right)
+
+    asleep = torch.ones(BATCH, SEGMENT, dtype=torch.int64)
+    asleep[1] = 0
+    _, state = feed(model, tokens[:, SEGMENT : 2 * SEGMENT], None, asleep, state_right)
+    for mine, theirs in zip(state.banks, state_right.banks, strict=True):
+        index = torch.tensor([1])
+        same_state(law, "memory after a segment of padding", mine.rows(index), theirs.rows(index), EXACT)
+
+
+def off(remembering: MemoryTransformer, plain: MemoryTransformer, feeding: Feeding) -> None:
+    """L5: a memory that is off leaves the plain transformer of the same weights, bit for bit."""
+    weights = remembering.state_dict()
+    plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
+    tokens, mask = stream(feeding), feeding.mask()
+    want, _ = feed(plain, tokens, feeding.pieces, mask)
+    got, _ = feed(remembering, tokens, feeding.pieces, mask)
+    same("L5 off means off", "logits", got, want, EXACT)
+
+
+def bounded(make: Make, feeding: Feeding) -> None:
+    """L6: the state has one size at every end of a segment, and never outgrows a segment left open."""
+    law, model, tokens, mask = "L6 bounded", make(), stream(feeding), feeding.mask()
+    size = model.init_state(BATCH).nbytes
+    _, almost = feed(model, tokens[:, : SEGMENT - 1])
+    state = None
+    for piece, piece_mask in zip(tokens.split(feeding.pieces, 1), split(mask, feeding.pieces), strict=True):
+        _, state = feed(model, piece, None, piece_mask, state)
+        if not state.window.length and state.nbytes != size:
+            raise AssertionError(f"{law}: {state.nbytes} bytes at the end of a segment, not {size}")
+        if state.nbytes > almost.nbytes:
+            raise AssertionError(f"{law}: {state.nbytes} bytes, above an open segment's {almost.nbytes}")
+
+
+def endless(make: Make) -> None:
+    """L6: after a long stream of large inputs the state has the size it began with, and is finite."""
+    law, model = "L6 bounded", make()
+    with torch.no_grad():
+        model.embedding.weight *= 1000.0
+    logits, state = feed(model, stream(Feeding("long", (LONG * SEGMENT,))))
+    start = model.init_state(BATCH)
+    if state.nbytes != start.nbytes:
+        raise AssertionError(f"{law}: {state.nbytes} bytes after {LONG} segments, not {start.nbytes}")
+    for name, tensor in [("logits", logits), *state.named_tensors()]:
+        if not torch.isfinite(tensor).all():
+            raise AssertionError(f"{law}: {name} is not finite after {LONG} segments")
+
+
+def truncation(make: Make) -> None:
+    """Truncated backpropagation: no gradient passes a detached state, and without it one does."""
+    law, model, early = "truncation", make(), 0
+    for read in (0, 2):
+        cut = SEGMENT + read
+        tokens = 1 + stream(MANY) % (VOCAB - 1)
+        tokens[:, [1, cut - 1]] = early
+        logits = []
+        for detach in (False, True):
+            state = model(tokens[:, :cut]).memory_state
+            output = model(tokens[:, cut:], memory_state=state.detach() if detach else state)
+            loss = F.cross_entropy(output.logits.flatten(0, 1), tokens[:, cut:].flatten())
+            (gradient,) = torch.autograd.grad(loss, model.embedding.weight)
+            reaches = bool(gradient[early].any())
+            if reaches != (not detach and (read > 0 or bool(model.bank_of_layer))):
+                raise AssertionError(
+                    f"{law}: gradient of an earlier call's token is {'not ' * reaches}zero "
+                    f"{'after' if detach else 'without'} detach, {read} tokens into a segment"
+                )
+            logits.append(output.logits)
+        same(law, "logits after detach", *(one.detach() for one in logits), EXACT)
+
+
+def horizon(make: Callable[[Config], Trainer], case: Case) -> None:
+    """Truncated backpropagation in training: gradients go back `horizon` segments and no further."""
+    n, segments, vocab, early = 6, 3, 64, 0
+    size = {"model.segment_length": n, "model.vocab_size": vocab, "task.segments": segments}
+    tokens = 1 + torch.randint(vocab - 1, (BATCH, segments * n), generator=torch.Generator().manual_seed(0))
+    tokens[:, 2] = early
+    scored = torch.zeros_like(tokens, dtype=torch.bool)
+    scored[:, -n:] = True
+    batch = Batch(tokens, tokens.roll(-1, 1), scored, torch.ones(BATCH, dtype=torch.bool))
+    for limit in (1, 2, None):
+        options = {"task.recall.num_pairs": 1, "training.horizon": limit}
+        trainer = make(override(case.config(), size | options))
+        stir(trainer.model)
+        trainer.backward(batch, trainer.task, int(scored.sum()))
+        reaches = bool(trainer.model.embedding.weight.grad[early].any())
+        if reaches != (limit is None):
+            raise AssertionError(
+                f"horizon: with horizon = {limit} of {segments} segments the gradient of a token of "
+                f"the first segment is {'not ' * reaches}zero"
+            )
+
+
+@torch.no_grad()
+def overflow(memory: Memory, capacity: int, dim: int) -> None:
+    """L6: of a memory that keeps items, the newest `capacity` are recalled, each with its own value.
+
+    Items come in chunks that do not divide the capacity: that is where offsets go wrong.
+    """
+    generator = torch.Generator().manual_seed(0)
+    chunk = capacity // 2 - 1
+    items = F.normalize(
+        torch.randn(BATCH, 4 * capacity, dim, generator=generator, dtype=torch.float64), dim=-1
+    )
+    state, alone = memory.init_state(BATCH), []
+    everything = torch.ones(BATCH, chunk, dtype=torch.bool)
+    for start in range(0, 4 * capacity - chunk + 1, chunk):
+        for i in range(start, start + chunk):
+            only = memory.write(items[:, i : i + 1], memory.init_state(BATCH), everything[:, :1])
+            alone.append(memory.read(items[:, i : i + 1], only))
+        state = memory.write(items[:, start : start + chunk], state, everything)
+        newest = slice(max(0, start + chunk - capacity), start + chunk)
+        got = memory.read(items[:, newest], state)
+        want = torch.cat(alone[newest], 1)
+        same("L6 overflow", f"the newest items after {start + chunk} writes", got, want, 1e-6)
+
+
+LAWS: dict[str, Callable[[Make, Feeding], None]] = {
+    "L1_causality": causality,
+    "L2_explicit_state": explicit_state,
+    "L3_isolation": isolation,
+    "L3_reset": forgetting,
+    "L4_segmentation": segmentation,
+    "L6_bounded": bounded,
+}

@@ -1,0 +1,100 @@
+"""Every law, over every architecture the registry offers and every way to feed a stream."""
+
+import pytest
+
+from memlib.memory import MEMORIES
+from memlib.training.trainer import Trainer
+
+from .cases import BASELINE, SEGMENT, VOCAB, Case, cases, has_field
+from .laws import (
+    FEEDINGS,
+    LAWS,
+    MANY,
+    endless,
+    feed,
+    horizon,
+    off,
+    padding,
+    separate_models,
+    stream,
+    truncation,
+)
+
+CASES = cases()
+WITH_MEMORY = [case for case in CASES if case.kinds]
+
+
+def every(name, values):
+    return pytest.mark.parametrize(name, values, ids=str)
+
+
+def test_every_registered_memory_is_a_case():
+    for kind in MEMORIES:
+        assert has_field(kind)
+        sharings = {case.config().memory.memory_sharing for case in CASES if kind in case.kinds}
+        fusions = {case.config().memory.fusion for case in CASES if kind in case.kinds}
+        assert sharings == {"shared", "per_layer", "every_k_layers"}
+        assert fusions == {"softmax", "residual"}
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+@every("case", WITH_MEMORY)
+def test_what_was_said_before_is_read(case: Case):
+    """The laws mean something only for models whose memory has an effect."""
+    model, tokens = case.build(), stream(MANY)
+    changed = tokens.clone()
+    changed[:, 1] = (changed[:, 1] + 1) % VOCAB
+    (before, _), (after, _) = feed(model, tokens), feed(model, changed)
+    assert (after - before)[:, -SEGMENT:].abs().max() > 1e-6
+
+
+@every("feeding", FEEDINGS)
+@every("law", LAWS)
+@every("case", CASES)
+def test_law(case: Case, law, feeding):
+    LAWS[law](case.build, feeding)
+
+
+@every("case", CASES)
+def test_padding_leaves_no_trace(case: Case):
+    padding(case.build)
+
+
+@every("feeding", FEEDINGS)
+@every("case", CASES)
+def test_vanilla_mode_is_the_plain_transformer(case: Case, feeding):
+    off(case.fresh(vanilla_mode=True), BASELINE.fresh(), feeding)
+
+
+@every("feeding", FEEDINGS)
+@every("case", CASES)
+def test_a_closed_memory_is_the_plain_transformer(case: Case, feeding):
+    model = case.build()
+    model.close_memory()
+    off(model, BASELINE.fresh(), feeding)
+
+
+@every("feeding", FEEDINGS)
+@every("case", [case for case in CASES if case.memory.get("fusion") == "residual"])
+def test_a_residual_memory_starts_as_the_plain_transformer(case: Case, feeding):
+    off(case.fresh(wo_init_zero=True), BASELINE.fresh(), feeding)
+
+
+@every("case", CASES)
+def test_two_models_share_nothing(case: Case):
+    separate_models(case.build)
+
+
+@every("case", CASES)
+def test_a_long_stream_stays_finite(case: Case):
+    endless(case.build)
+
+
+@every("case", CASES)
+def test_detach_cuts_the_gradient(case: Case):
+    truncation(case.build)
+
+
+@every("case", [case for case in WITH_MEMORY if case.name.endswith("per_layer")])
+def test_horizon_cuts_the_gradient_in_training(case: Case):
+    horizon(Trainer, case)

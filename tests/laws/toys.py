@@ -1,0 +1,67 @@
+"""A memory the package does not have, to show that the laws cover what they have never seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import einsum, rearrange, reduce
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memlib.config.schema import MemoryOptions, option
+from memlib.memory import Memory, State
+
+
+@dataclass(kw_only=True)
+class RingConfig(MemoryOptions):
+    """The newest tokens, as keys and values."""
+
+    capacity: int = option(10, "items kept; at least a segment", 1)
+    sharpness: float = option(4.0, "scale of the scores", 0.0)
+
+
+@dataclass(frozen=True)
+class RingState(State):
+    """keys, values: [b c d]; count: [b] items ever written."""
+
+    keys: Tensor
+    values: Tensor
+    count: Tensor
+
+
+class RingMemory(Memory):
+    """Item i of a row stands in place i mod capacity; read by attention over what stands there."""
+
+    start: Tensor
+
+    def __init__(self, config: RingConfig, hidden_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.v_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.register_buffer("start", torch.zeros(config.capacity, hidden_dim), persistent=False)
+
+    def init_state(self, batch_size: int) -> RingState:
+        empty = self.start.expand(batch_size, -1, -1)
+        return RingState(empty.clone(), empty.clone(), torch.zeros(batch_size, dtype=torch.int64))
+
+    def read(self, hidden: Tensor, state: RingState) -> Tensor:
+        score = self.config.sharpness * einsum(hidden, state.keys, "b n d, b c d -> b n c")
+        free = torch.arange(self.config.capacity) >= rearrange(state.count, "b -> b 1 1")
+        nothing = torch.zeros_like(score[..., :1])
+        weight = torch.softmax(torch.cat((nothing, score.masked_fill(free, -torch.inf)), -1), -1)
+        return einsum(weight[..., 1:], state.values, "b n c, b c d -> b n d")
+
+    def write(self, hidden: Tensor, state: RingState, mask: Tensor) -> RingState:
+        number = rearrange(state.count, "b -> b 1") + mask.cumsum(1) - 1
+        return RingState(
+            keys=self.put(hidden, number, mask, state.keys),
+            values=self.put(self.v_proj(hidden), number, mask, state.values),
+            count=state.count + mask.sum(1),
+        )
+
+    def put(self, items: Tensor, number: Tensor, mask: Tensor, into: Tensor) -> Tensor:
+        place = F.one_hot(number % self.config.capacity, self.config.capacity).to(items.dtype)
+        place = place * rearrange(mask, "b n -> b n 1")
+        kept = 1 - reduce(place, "b n c -> b c 1", "sum")
+        return kept * into + einsum(place, items, "b n c, b n d -> b c d")
