@@ -7,6 +7,13 @@ limits, so that validation, `memlib config show` and `docs/config.md` have one s
 
 from __future__ import annotations
 
+from memlib.config.config import (
+    Config,
+    get_memory_bank_assignments,
+    get_memory_layer_indices,
+    validate,
+)
+from memlib.config.fields import ConfigError, from_dict, option, override
 from memlib.config.files import (
     load_config,
     parse_overrides,
@@ -16,8 +23,6 @@ from memlib.config.files import (
     to_dict,
 )
 from memlib.config.schema import (
-    Config,
-    ConfigError,
     CopyConfig,
     InternalMemoryConfig,
     MemoryConfig,
@@ -29,11 +34,7 @@ from memlib.config.schema import (
     TaskConfig,
     TextConfig,
     TrainingConfig,
-    get_memory_bank_assignments,
-    get_memory_layer_indices,
-    option,
 )
-from memlib.config.validation import from_dict, override, validate
 
 __all__ = [
     "Config",

@@ -11,8 +11,8 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from memlib.config.schema import Config, ConfigError
-from memlib.config.validation import describe, from_dict
+from memlib.config.config import Config
+from memlib.config.fields import ConfigError, describe, from_dict
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:

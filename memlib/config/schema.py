@@ -6,21 +6,10 @@ with one dataclass and one field of `TaskConfig`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the path, the value and the remedy."""
-
-
-def option(default: Any, doc: str, low: float | None = None, high: float | None = None) -> Any:
-    """A dataclass field with its documentation and its inclusive limits."""
-    metadata = {"doc": doc, "low": low, "high": high}
-    if isinstance(default, (list, dict)) or callable(default):
-        factory = default if callable(default) else (lambda: type(default)(default))
-        return field(default_factory=factory, metadata=metadata)
-    return field(default=default, metadata=metadata)
+from memlib.config.fields import ConfigError, option
 
 
 @dataclass(kw_only=True)
@@ -41,7 +30,7 @@ class ModelConfig:
 class MemoryOptions:
     """Base of each memory's own options."""
 
-    def check(self, config: Config, path: str) -> None:
+    def check(self, model: ModelConfig, path: str) -> None:
         """Refuse combinations of this memory's options that cannot work, with a ConfigError."""
 
 
@@ -72,8 +61,8 @@ class InternalMemoryConfig(MemoryOptions):
     forget_bias: float = option(1.0, "initial bias of the forget gate")
     output_gate: bool = option(True, "gate what is read by sigma(read W), as the paper does")
 
-    def check(self, config: Config, path: str) -> None:
-        width = self.slot_dim or config.model.hidden_dim
+    def check(self, model: ModelConfig, path: str) -> None:
+        width = self.slot_dim or model.hidden_dim
         if width % self.num_heads:
             raise ConfigError(f"{path}.num_heads = {self.num_heads}: must divide the slot width {width}")
         if self.num_slots % self.num_heads:
@@ -219,40 +208,3 @@ class TrainingConfig:
     keep_checkpoints: int = option(2, "checkpoints kept", 1)
     num_threads: int = option(1, "torch threads; one is fastest on a shared small machine", 1)
     device: str = option("cpu", "cpu, cuda, cuda:1, …")
-
-
-@dataclass(kw_only=True)
-class Config:
-    """A whole run."""
-
-    model: ModelConfig = option(ModelConfig, "the transformer")
-    memory: MemoryConfig = option(MemoryConfig, "what remembers")
-    task: TaskConfig = option(TaskConfig, "what it is trained on")
-    training: TrainingConfig = option(TrainingConfig, "how it is trained")
-
-    def __post_init__(self) -> None:
-        from memlib.config.validation import validate
-
-        validate(self)
-
-
-def get_memory_layer_indices(config: Config) -> list[int]:
-    """The layers that have memory, ascending; none for the baseline and in vanilla mode."""
-    memory, layers = config.memory, config.model.num_layers
-    if memory.vanilla_mode or not memory.kinds:
-        return []
-    k = min(memory.memory_layer_k, layers)
-    return {
-        "all": list(range(layers)),
-        "first_k": list(range(k)),
-        "last_k": list(range(layers - k, layers)),
-        "every_n": list(range(memory.memory_layer_n - 1, layers, memory.memory_layer_n)),
-        "custom": sorted(set(memory.memory_layer_custom or [])),
-    }[memory.memory_layer_placement]
-
-
-def get_memory_bank_assignments(config: Config) -> dict[int, int]:
-    """Memory layer -> index of the bank (the state) it reads and writes."""
-    sharing = config.memory.memory_sharing
-    group = {"shared": config.model.num_layers, "per_layer": 1}.get(sharing, config.memory.memory_sharing_k)
-    return {layer: i // group for i, layer in enumerate(get_memory_layer_indices(config))}

@@ -8,7 +8,7 @@ from dataclasses import make_dataclass
 import pytest
 
 from memlib import config as configuration
-from memlib.config import schema, validation
+from memlib.config import config as whole
 from memlib.memory import MEMORIES
 
 from .cases import BASELINE, cases
@@ -20,7 +20,7 @@ from .toys import RingConfig, RingMemory
 def registered(monkeypatch):
     field = ("ring", RingConfig, configuration.option(RingConfig, "the newest tokens"))
     extended = make_dataclass("MemoryConfig", [field], bases=(configuration.MemoryConfig,), kw_only=True)
-    for module in (configuration, schema, validation):
+    for module in (configuration, whole):
         monkeypatch.setattr(module, "MemoryConfig", extended)
     monkeypatch.setitem(MEMORIES, "ring", RingMemory)
 

@@ -1,13 +1,27 @@
-"""What a configuration may hold: types, limits and combinations, and errors that name the full path."""
+"""What a configuration field is: its documentation, type and limits, and errors that name the full path.
+
+Nothing here knows which fields there are: `schema.py` does.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import types
-from dataclasses import fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from memlib.config.schema import Config, ConfigError, MemoryConfig, Stage, get_memory_layer_indices
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the path, the value and the remedy."""
+
+
+def option(default: Any, doc: str, low: float | None = None, high: float | None = None) -> Any:
+    """A dataclass field with its documentation and its inclusive limits."""
+    metadata = {"doc": doc, "low": low, "high": high}
+    if isinstance(default, (list, dict)) or callable(default):
+        factory = default if callable(default) else (lambda: type(default)(default))
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def describe(kind: Any) -> str:
@@ -91,65 +105,6 @@ def check_fields(config: Any, path: str) -> None:
             raise ConfigError(f"{here} = {value}: must be at least {low}")
         if high is not None and not value <= high:
             raise ConfigError(f"{here} = {value}: must be at most {high}")
-
-
-def validate(config: Config) -> Config:
-    """Check types, limits and combinations; returns the config, raises ConfigError."""
-    check_fields(config, "")
-    model, memory, task = config.model, config.memory, config.task
-    if model.hidden_dim % model.num_heads:
-        raise ConfigError(
-            f"model.num_heads = {model.num_heads}: must divide model.hidden_dim = {model.hidden_dim}"
-        )
-    if model.use_rope and (model.hidden_dim // model.num_heads) % 2:
-        raise ConfigError(
-            f"model.num_heads = {model.num_heads}: rotary positions need an even head width, "
-            f"not {model.hidden_dim // model.num_heads}; change num_heads or set model.use_rope: false"
-        )
-    known = [f.name for f in fields(MemoryConfig) if is_dataclass(getattr(memory, f.name))]
-    for i, kind in enumerate(memory.kinds):
-        if kind not in known:
-            raise ConfigError(f"memory.kinds[{i}] = {kind!r}: known memories: {', '.join(known)}")
-        if kind in memory.kinds[:i]:
-            raise ConfigError(f"memory.kinds[{i}] = {kind!r}: named twice")
-    if memory.memory_layer_placement == "custom":
-        if not memory.memory_layer_custom:
-            raise ConfigError("memory.memory_layer_custom: needed when memory_layer_placement is custom")
-        for i, layer in enumerate(memory.memory_layer_custom):
-            if not 0 <= layer < model.num_layers:
-                raise ConfigError(
-                    f"memory.memory_layer_custom[{i}] = {layer}: "
-                    f"layers are 0 … {model.num_layers - 1}; change it or model.num_layers"
-                )
-    if memory.kinds and not memory.vanilla_mode and not get_memory_layer_indices(config):
-        raise ConfigError(
-            f"memory.memory_layer_n = {memory.memory_layer_n}: no layer has memory with "
-            f"model.num_layers = {model.num_layers}; make it smaller"
-        )
-    for kind in memory.kinds:
-        getattr(memory, kind).check(config, f"memory.{kind}")
-    if memory.memory_block_variant == "B" and memory.fusion == "softmax":
-        raise ConfigError(
-            "memory.memory_block_variant = 'B': exists for memory.fusion: residual only; "
-            "set fusion: residual or memory_block_variant: A"
-        )
-    if task.segments_min is not None and task.segments_min > task.segments:
-        raise ConfigError(
-            f"task.segments_min = {task.segments_min}: must be at most task.segments = {task.segments}"
-        )
-    steps = [stage.from_step for stage in config.training.curriculum]
-    if steps != sorted(set(steps)):
-        raise ConfigError(f"training.curriculum: from_step must rise from stage to stage, not {steps}")
-    for i, stage in enumerate(config.training.curriculum):
-        check_stage(config, stage, f"training.curriculum[{i}].set")
-    return config
-
-
-def check_stage(config: Config, stage: Stage, path: str) -> None:
-    try:
-        override(config.task, stage.set)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
 
 
 def override(config: Any, changes: dict[str, Any]) -> Any:

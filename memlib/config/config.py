@@ -1,0 +1,102 @@
+"""A whole configuration: the groups together, what they must agree on, and which layers remember."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass
+
+from memlib.config.fields import ConfigError, check_fields, option, override
+from memlib.config.schema import MemoryConfig, ModelConfig, Stage, TaskConfig, TrainingConfig
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = option(ModelConfig, "the transformer")
+    memory: MemoryConfig = option(MemoryConfig, "what remembers")
+    task: TaskConfig = option(TaskConfig, "what it is trained on")
+    training: TrainingConfig = option(TrainingConfig, "how it is trained")
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+def get_memory_layer_indices(config: Config) -> list[int]:
+    """The layers that have memory, ascending; none for the baseline and in vanilla mode."""
+    memory, layers = config.memory, config.model.num_layers
+    if memory.vanilla_mode or not memory.kinds:
+        return []
+    k = min(memory.memory_layer_k, layers)
+    return {
+        "all": list(range(layers)),
+        "first_k": list(range(k)),
+        "last_k": list(range(layers - k, layers)),
+        "every_n": list(range(memory.memory_layer_n - 1, layers, memory.memory_layer_n)),
+        "custom": sorted(set(memory.memory_layer_custom or [])),
+    }[memory.memory_layer_placement]
+
+
+def get_memory_bank_assignments(config: Config) -> dict[int, int]:
+    """Memory layer -> index of the bank (the state) it reads and writes."""
+    sharing = config.memory.memory_sharing
+    group = {"shared": config.model.num_layers, "per_layer": 1}.get(sharing, config.memory.memory_sharing_k)
+    return {layer: i // group for i, layer in enumerate(get_memory_layer_indices(config))}
+
+
+def validate(config: Config) -> Config:
+    """Check types, limits and combinations; returns the config, raises ConfigError."""
+    check_fields(config, "")
+    model, memory, task = config.model, config.memory, config.task
+    if model.hidden_dim % model.num_heads:
+        raise ConfigError(
+            f"model.num_heads = {model.num_heads}: must divide model.hidden_dim = {model.hidden_dim}"
+        )
+    if model.use_rope and (model.hidden_dim // model.num_heads) % 2:
+        raise ConfigError(
+            f"model.num_heads = {model.num_heads}: rotary positions need an even head width, "
+            f"not {model.hidden_dim // model.num_heads}; change num_heads or set model.use_rope: false"
+        )
+    known = [f.name for f in fields(memory) if is_dataclass(getattr(memory, f.name))]
+    for i, kind in enumerate(memory.kinds):
+        if kind not in known:
+            raise ConfigError(f"memory.kinds[{i}] = {kind!r}: known memories: {', '.join(known)}")
+        if kind in memory.kinds[:i]:
+            raise ConfigError(f"memory.kinds[{i}] = {kind!r}: named twice")
+    if memory.memory_layer_placement == "custom":
+        if not memory.memory_layer_custom:
+            raise ConfigError("memory.memory_layer_custom: needed when memory_layer_placement is custom")
+        for i, layer in enumerate(memory.memory_layer_custom):
+            if not 0 <= layer < model.num_layers:
+                raise ConfigError(
+                    f"memory.memory_layer_custom[{i}] = {layer}: "
+                    f"layers are 0 … {model.num_layers - 1}; change it or model.num_layers"
+                )
+    if memory.kinds and not memory.vanilla_mode and not get_memory_layer_indices(config):
+        raise ConfigError(
+            f"memory.memory_layer_n = {memory.memory_layer_n}: no layer has memory with "
+            f"model.num_layers = {model.num_layers}; make it smaller"
+        )
+    for kind in memory.kinds:
+        getattr(memory, kind).check(model, f"memory.{kind}")
+    if memory.memory_block_variant == "B" and memory.fusion == "softmax":
+        raise ConfigError(
+            "memory.memory_block_variant = 'B': exists for memory.fusion: residual only; "
+            "set fusion: residual or memory_block_variant: A"
+        )
+    if task.segments_min is not None and task.segments_min > task.segments:
+        raise ConfigError(
+            f"task.segments_min = {task.segments_min}: must be at most task.segments = {task.segments}"
+        )
+    steps = [stage.from_step for stage in config.training.curriculum]
+    if steps != sorted(set(steps)):
+        raise ConfigError(f"training.curriculum: from_step must rise from stage to stage, not {steps}")
+    for i, stage in enumerate(config.training.curriculum):
+        check_stage(config, stage, f"training.curriculum[{i}].set")
+    return config
+
+
+def check_stage(config: Config, stage: Stage, path: str) -> None:
+    try:
+        override(config.task, stage.set)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
