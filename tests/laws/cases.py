@@ -27,7 +27,7 @@ FUSIONS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One architecture: `memory` holds MemoryConfig's options, `kinds` those of each memory."""
 

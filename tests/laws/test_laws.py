@@ -1,5 +1,8 @@
 """Every law, over every architecture the registry offers and every way to feed a stream."""
 
+from functools import cache
+from itertools import cycle
+
 import pytest
 
 from memlib.memory import MEMORIES
@@ -10,6 +13,7 @@ from .laws import (
     FEEDINGS,
     LAWS,
     MANY,
+    PIECES,
     endless,
     feed,
     horizon,
@@ -24,8 +28,33 @@ CASES = cases()
 WITH_MEMORY = [case for case in CASES if case.kinds]
 
 
+PLAIN = BASELINE.fresh()
+
+
 def every(name, values):
     return pytest.mark.parametrize(name, values, ids=str)
+
+
+@cache
+def two_models(case: Case):
+    return case.build(), case.build()
+
+
+def make(case: Case):
+    """A function that gives, in turn, two models of the same weights, built once for all the laws."""
+    return cycle(two_models(case)).__next__
+
+
+@cache
+def closed(case: Case):
+    model = case.build()
+    model.close_memory()
+    return model
+
+
+@cache
+def begun(case: Case):
+    return case.fresh(wo_init_zero=True)
 
 
 def test_every_registered_memory_is_a_case():
@@ -52,32 +81,29 @@ def test_what_was_said_before_is_read(case: Case):
 @every("law", LAWS)
 @every("case", CASES)
 def test_law(case: Case, law, feeding):
-    LAWS[law](case.build, feeding)
+    LAWS[law](make(case), feeding)
 
 
 @every("case", CASES)
 def test_padding_leaves_no_trace(case: Case):
-    padding(case.build)
+    padding(make(case))
 
 
-@every("feeding", FEEDINGS)
 @every("case", CASES)
-def test_vanilla_mode_is_the_plain_transformer(case: Case, feeding):
-    off(case.fresh(vanilla_mode=True), BASELINE.fresh(), feeding)
+def test_vanilla_mode_is_the_plain_transformer(case: Case):
+    off(case.fresh(vanilla_mode=True), PLAIN, PIECES)
 
 
 @every("feeding", FEEDINGS)
 @every("case", CASES)
 def test_a_closed_memory_is_the_plain_transformer(case: Case, feeding):
-    model = case.build()
-    model.close_memory()
-    off(model, BASELINE.fresh(), feeding)
+    off(closed(case), PLAIN, feeding)
 
 
 @every("feeding", FEEDINGS)
 @every("case", [case for case in CASES if case.memory.get("fusion") == "residual"])
 def test_a_residual_memory_starts_as_the_plain_transformer(case: Case, feeding):
-    off(case.fresh(wo_init_zero=True), BASELINE.fresh(), feeding)
+    off(begun(case), PLAIN, feeding)
 
 
 @every("case", CASES)
@@ -92,7 +118,7 @@ def test_a_long_stream_stays_finite(case: Case):
 
 @every("case", CASES)
 def test_detach_cuts_the_gradient(case: Case):
-    truncation(case.build)
+    truncation(make(case))
 
 
 @every("case", [case for case in WITH_MEMORY if case.name.endswith("per_layer")])

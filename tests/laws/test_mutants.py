@@ -150,17 +150,16 @@ def test_a_hidden_state_is_caught(make_with, fault):
 
 def test_a_class_attribute_shared_by_two_models_is_caught(make_with):
     """Each model alone, one stream after another, is right: only side by side are they wrong."""
-    one_layer = {"memory_layer_placement": "custom", "memory_layer_custom": [1]}
-    make = make_with(OnTheClass, **one_layer)
+    make = make_with(OnTheClass, memory_layer_placement="custom", memory_layer_custom=[1])
     first, second = make(), make()
     tokens = laws.stream(MANY)
     (alone, _), (again, _) = laws.feed(first, tokens), laws.feed(second, tokens)
     assert torch.equal(alone, again)
-    breaks(laws.explicit_state, "L2", make, MANY)
+    breaks(laws.separate_models, "L2.*two models in turns", make)
 
 
 def test_a_parameter_shared_by_two_models_is_caught(make_with):
-    breaks(laws.separate_models, "L2", make_with(TableOnTheClass))
+    breaks(laws.separate_models, "L2.*share", make_with(TableOnTheClass))
 
 
 # L3 isolation
