@@ -281,9 +281,17 @@ class MemoryTransformer(nn.Module):
                 f"input_ids holds {low if low < 0 else high}: ids are 0 … {vocab - 1}; "
                 "tokenise with the model's own vocabulary or raise model.vocab_size"
             )
-        if memory_state is not None and memory_state.window.mask.shape[0] != input_ids.shape[0]:
+        if memory_state is None:
+            return
+        layers, window = len(self.bank_of_layer), memory_state.window
+        if len(window.keys) != len(self.blocks) or len(window.hidden) != layers:
             raise ValueError(
-                f"memory_state holds {memory_state.window.mask.shape[0]} streams, input_ids "
+                f"memory_state is of a model with {len(window.keys)} layers, {len(window.hidden)} of them "
+                f"with memory; this one has {len(self.blocks)} and {layers}: start from None"
+            )
+        if window.mask.shape[0] != input_ids.shape[0]:
+            raise ValueError(
+                f"memory_state holds {window.mask.shape[0]} streams, input_ids "
                 f"{input_ids.shape[0]}: pick rows with memory_state.rows(index) or start from None"
             )
 

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from memlib.config import TrainingConfig
 from memlib.memory.base import Memory
-from memlib.memory.gates import Gate
+from memlib.memory.gates import Gate, ResidualFusion
 
 
 def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
@@ -23,7 +23,11 @@ def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[st
     """
     kind_of: dict[int, str] = {}
     for module in model.modules():  # parents come first: a gate inside a memory ends as a gate
-        kind = "gates" if isinstance(module, Gate) else "memory" if isinstance(module, Memory) else None
+        kind = None
+        if isinstance(module, Gate):
+            kind = "gates"
+        elif isinstance(module, (Memory, ResidualFusion)):
+            kind = "memory"
         if kind:
             kind_of.update({id(p): kind for p in module.parameters()})
     rate = {"gates": training.gate_lr, "memory": training.memory_lr, "base": training.base_model_lr}

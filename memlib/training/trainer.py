@@ -85,7 +85,7 @@ class Trainer:
     def train(self, until: int | None = None, progress: bool = True) -> dict[str, float]:
         """Train up to step `until` (default: the configured end); returns the last log record."""
         training, record = self.config.training, {}
-        end = min(until or training.max_steps, training.max_steps)
+        end = training.max_steps if until is None else min(until, training.max_steps)
         log = RunLog(self.folder, self.step) if self.folder else None
         bar = tqdm(total=end, initial=self.step, disable=not progress, unit="step", mininterval=0.5)
         try:
@@ -100,11 +100,11 @@ class Trainer:
                     bar.set_postfix(loss=f"{record['loss']:.3f}", accuracy=f"{record['accuracy']:.3f}")
                     if log:
                         log.write(self.step, cpu_seconds=self.cpu_seconds, **record)
+                if self.folder and (self.step % training.save_steps == 0 or last):
+                    self.save()
                 if log and (self.step % training.eval_steps == 0 or last):
                     score = self.evaluate()
                     log.write(self.step, test_accuracy=score.accuracy, test_loss=score.loss)
-                if self.folder and (self.step % training.save_steps == 0 or last):
-                    self.save()
         finally:
             bar.close()
             if log:

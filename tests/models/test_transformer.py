@@ -240,3 +240,10 @@ def test_the_state_is_frozen():
     with pytest.raises(AttributeError):
         state.banks = ()
     assert replace(state, banks=()).banks == ()
+
+
+def test_a_state_of_another_model_is_refused():
+    one, two = (build({"model.num_layers": layers}) for layers in (1, 2))
+    state = one(torch.zeros(2, 3, dtype=torch.long)).memory_state
+    with pytest.raises(ValueError, match=r"memory_state is of a model with 1 layers.*start from None"):
+        two(torch.zeros(2, 3, dtype=torch.long), memory_state=state)
