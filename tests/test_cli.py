@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from memlib.cli import main
-from memlib.config import load_config, preset_names
+from memlib.config import load_config, override, preset_names
 from memlib.models import MemoryTransformer
 from memlib.models.info import count_parameters
+from memlib.training.trainer import Trainer
 
 QUICK = ["training.max_steps=2", "training.batch_size=4", "training.eval_examples=8"]
 
@@ -34,7 +35,7 @@ def test_train_eval_resume(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["train", "nowhere"], "no such file or preset; presets: recall_attention"),
+        (["train", "nowhere"], "no such file or preset; presets: passkey_internal"),
         (["train", "recall_internal", "model.hidden=3"], "model.hidden: unknown key"),
         (["train", "recall_internal", "model"], "expected path=value"),
         (["train", "recall_internal", "model.vocab_size=9"], "task recall has 50 tokens; raise it"),
@@ -72,3 +73,9 @@ def test_compared_presets_have_equal_parameters():
 def test_doctor(capsys):
     assert main(["doctor", "--json"]) in (0, 1)
     assert "Python" in json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_takes_a_step(name):
+    config = override(load_config(name), {"training.max_steps": 1, "training.batch_size": 2})
+    assert Trainer(config).train(progress=False)["loss"] > 0

@@ -38,6 +38,7 @@ def evaluate(
     memory=False forgets everything before each segment: the ablation that shows what memory is worth.
     For a task that continues, rows carry their memory from batch to batch, as in training.
     """
+    batch_size = task.test_rows(batch_size)
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device

@@ -78,6 +78,10 @@ class Task(ABC):
         Raises ValueError if split is neither train nor test.
         """
 
+    def test_rows(self, at_most: int) -> int:
+        """How many parallel rows the test split can fill, up to `at_most`."""
+        return at_most
+
     def oracle(self, tokens: Tensor) -> Tensor:
         """Predictions [b t] for tokens [b t], each from the tokens up to its own position.
 

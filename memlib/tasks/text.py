@@ -66,6 +66,12 @@ class Text(Task):
             )
         return batches
 
+    def test_rows(self, at_most: int) -> int:
+        """How many parallel rows the test split can fill; ValueError if not even one."""
+        rows = min(at_most, len(self.text["test"]) // (self.segments * self.segment_length + 1))
+        self.batches_per_epoch(max(rows, 1), "test")
+        return rows
+
     def batch(self, batch_size: int, step: int, seed: int = 0, split: str = "train") -> Batch:
         """Batch number `step`: the next segments * segment_length bytes of each row."""
         epoch, i = divmod(step, self.batches_per_epoch(batch_size, split))

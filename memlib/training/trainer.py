@@ -159,13 +159,16 @@ class Trainer:
         return loss, right
 
     def make_task(self, config: TaskConfig) -> Task:
-        """The task of a configuration; ConfigError where it has more tokens than the model."""
+        """The task of a configuration; ConfigError where it has more tokens than the model, ValueError
+        where its data are too few."""
         task = make_task(config, self.config.model.segment_length)
         if task.vocab_size > self.config.model.vocab_size:
             raise ConfigError(
                 f"model.vocab_size = {self.config.model.vocab_size}: task {config.name} has "
                 f"{task.vocab_size} tokens; raise it to that"
             )
+        task.batch(self.config.training.batch_size, 0)  # too little text is said now, not after hours
+        task.test_rows(1)
         return task
 
     def task_at(self, step: int) -> Task:
@@ -180,7 +183,8 @@ class Trainer:
     def evaluate(self, examples: int | None = None, memory: bool = True, **task_changes: Any) -> Score:
         """Score the model on the test split, e.g. `evaluate(segments=32)`; memory=False is the ablation."""
         config = override(self.config.task, {"segments_min": None, **task_changes})
-        task = make_task(config, self.config.model.segment_length)
+        same = config == self.config.task  # reading a text again would take seconds
+        task = self.task if same else make_task(config, self.config.model.segment_length)
         return evaluate(self.model, task, examples or self.config.training.eval_examples, memory=memory)
 
     def diagnose(self, loss: float, norm: float) -> str:

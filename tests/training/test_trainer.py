@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from memlib.config import ConfigError, load_config
+from memlib.config import ConfigError, load_config, override
 from memlib.tasks import Batch
 from memlib.training.checkpoint import CheckpointError, flatten_optimizer, latest_checkpoint
 from memlib.training.log import read_log
@@ -344,3 +344,22 @@ def test_evaluation_draws_nothing_from_the_generators_of_training(tiny):
     assert torch.equal(torch.get_rng_state(), state) and trainer.model.training
     assert trainer.evaluate() == score
     assert trainer.evaluate(segments=5).positions == score.positions
+
+
+def test_too_little_text_is_said_before_training(tmp_path):
+    note = tmp_path / "note.txt"
+    note.write_text("a short note. " * 300)
+    changes = {
+        "task.name": "text",
+        "task.text.dataset": str(note),
+        "model.vocab_size": 256,
+        "training.max_steps": 1,
+        "training.eval_examples": 64,
+    }
+    trainer = Trainer(override(load_config("recall_internal"), changes | {"task.segments_min": None}))
+    trainer.train(progress=False)
+    assert trainer.evaluate().positions > 0  # one row of test text is enough
+
+    note.write_text("far too short. " * 10)
+    with pytest.raises(ValueError, match="bytes of train text are too few for 32 rows"):
+        Trainer(override(load_config("recall_internal"), changes | {"task.segments_min": None}))
