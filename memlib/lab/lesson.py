@@ -39,7 +39,7 @@ class Prediction:
 
 
 class Lesson:
-    """One notebook's session: fixed seed, one torch thread, and a clock of processor time."""
+    """Around one notebook: fixed seed, one torch thread, and a clock of processor time."""
 
     def __init__(self, number: str, cpu_seconds: float, seed: int = 0) -> None:
         import torch
@@ -51,7 +51,7 @@ class Lesson:
         set_seed(seed)
 
     def predict(self, question: str, expected: float) -> Prediction:
-        """Keep a prediction (in this session and on disk) to be compared with the measurement later."""
+        """Keep a prediction (in this notebook and on disk) to be compared with the measurement later."""
         path = store_path()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ class Lesson:
             scratch.write_text(json.dumps(kept, indent=1), encoding="utf-8")
             scratch.replace(path)
         except (OSError, json.JSONDecodeError) as error:
-            print(f"(kept for this session only: {path}: {error})")
+            print(f"(kept in this notebook only: {path}: {error})")
         return Prediction(question, expected)
 
     def verdict(self, claims: dict[str, bool]) -> None:
