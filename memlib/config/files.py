@@ -13,6 +13,7 @@ import yaml
 
 from memlib.config.config import Config
 from memlib.config.fields import ConfigError, describe, from_dict
+from memlib.files import write_text
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:
@@ -60,11 +61,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
     """Write all fields as YAML, atomically: the file is whole or as it was."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(target.name + ".part")
-    scratch.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
-    os.replace(scratch, target)
+    write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def reference(kind: type = Config, path: str = "") -> list[tuple[str, str, str, str]]:

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from memlib.files import write_text
+
 
 def store_path() -> Path:
     """Where predictions are kept: $MEMLIB_HOME, or .memlib in the home folder."""
@@ -54,12 +56,9 @@ class Lesson:
         """Keep a prediction (in this notebook and on disk) to be compared with the measurement later."""
         path = store_path()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             kept[f"{self.number}: {question}"] = expected
-            scratch = path.with_suffix(f".{os.getpid()}.part")
-            scratch.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-            scratch.replace(path)
+            write_text(path, json.dumps(kept, indent=1))
         except (OSError, json.JSONDecodeError) as error:
             print(f"(kept in this notebook only: {path}: {error})")
         return Prediction(question, expected)

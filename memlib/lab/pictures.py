@@ -36,16 +36,14 @@ class Picture:
         return {"image/png": self.png, "text/plain": self.alt}, {"image/png": {"alt": self.alt}}
 
 
-def picture(
-    draw: Callable[..., None], alt: str, size: tuple[float, float] = (8, 3), axes: int = 1
-) -> Picture:
-    """Draw on `axes` stacked matplotlib axes, off screen, and keep the result with its text."""
+def picture(draw: Callable[..., None], alt: str, size: tuple[float, float] = (8, 3)) -> Picture:
+    """Draw on one matplotlib axis, off screen, and keep the result with its text."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    draw(*np.ravel(figure.subplots(axes, 1)))
+    draw(figure.subplots())
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)
     return Picture(buffer.getvalue(), alt)

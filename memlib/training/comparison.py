@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from memlib.config import Config, load_config, override
+from memlib.files import write_text
 from memlib.models.info import count_parameters
 from memlib.training.trainer import Trainer
 
@@ -105,16 +106,12 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def write_json(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
     """All results and what they were measured with, atomically."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(target.name + ".part")
     document = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "results": [asdict(result) for result in results],
     }
-    scratch.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, target)
+    write_text(path, json.dumps(document, indent=1) + "\n")
 
 
 def read_json(path: str | os.PathLike[str]) -> list[Result]:

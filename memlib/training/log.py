@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from memlib.files import write_text
+
 
 class RunLog:
     """Appends records to `log.jsonl` and `tensorboard/` in a run's folder.
@@ -20,9 +22,7 @@ class RunLog:
 
         self.path = folder / "log.jsonl"
         kept = [r for r in read_log(folder) if r["step"] <= step] if self.path.exists() else []
-        scratch = self.path.with_suffix(".part")
-        scratch.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        scratch.replace(self.path)
+        write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
         self.file = self.path.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
