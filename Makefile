@@ -22,7 +22,7 @@ test test-fast notebooks: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test test-fast notebooks lint format types doctor docs docs-check table lock \
-	lock-check env extras clean
+	lock-check env browser extras clean
 
 help: ## List what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -32,7 +32,8 @@ lab: $(ENV) ## Open the lab in a browser; options: LAB_ARGS="--no-browser --port
 	@JUPYTER_CONFIG_PATH="$(CURDIR)/environment/jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
 		exec $(BIN)/python -m jupyterlab $(LAB_ARGS)
 
-test: $(ENV) ## Run every test and every notebook; options: PYTEST_ARGS="-k recall"
+# In CI nothing is skipped for lack of a browser.
+test: $(ENV) $(if $(CI),browser) ## Run every test and every notebook; options: PYTEST_ARGS="-k recall"
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
 		$(PYTEST_ARGS) tests $(wildcard notebooks)
 
@@ -80,6 +81,11 @@ env: $(ENV) ## Make .venv from the lock files; with CUDA: TORCH=cuda
 
 $(ENV): pyproject.toml environment/base.txt environment/torch-$(TORCH).txt
 	@bash environment/env.sh $(TORCH) $(PYTHON)
+
+browser: .venv/.locked-browser ## Add what the browser tests need: Playwright, and Chromium by apt
+
+.venv/.locked-browser: $(ENV) environment/browser.txt
+	@bash environment/env.sh browser
 
 extras: .venv/.locked-extras ## Add what pretrained models need to .venv
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Make or bring up to date .venv from the lock files, and from nothing else:
 #   env.sh cpu|cuda [python]   the environment with that build of torch, and memlib itself
+#   env.sh browser             what the tests in a real browser need, Chromium too where apt may install it
 #   env.sh extras              what the pretrained extra adds to it
-# `make env` and `make extras` run this when a lock file has changed.
+# `make env`, `make browser` and `make extras` run this when a lock file has changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
@@ -41,6 +42,11 @@ compile() {
         .venv/lib/python3.11/site-packages || true
 }
 
+apt_chromium() {
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get -q update && apt-get -qy -o DPkg::Lock::Timeout=600 install --no-install-recommends chromium
+}
+
 is_311() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; }
 
 find_python() {
@@ -65,6 +71,18 @@ make_venv() {
     rm -rf .venv && mkdir .venv
     step "virtual environment, $("$base" --version)" "$base" -m venv --prompt memlib .venv
 }
+
+if [ "$1" = browser ]; then
+    step "packages for the browser tests" install browser.txt
+    if ! command -v chromium chromium-browser google-chrome >/dev/null; then
+        [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || stop \
+            "No Chromium found. Debian and Ubuntu: sudo apt-get install chromium"
+        step "Chromium" apt_chromium
+    fi
+    step "check that all fit together" "$python" -m pip check
+    touch .venv/.locked-browser
+    exit
+fi
 
 if [ "$1" = extras ]; then
     step "packages for pretrained models" install extras.txt

@@ -13,7 +13,13 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PYPROJECT = HERE.parent / "pyproject.toml"
-BASE, CPU, CUDA, EXTRAS = FILES = ("base.txt", "torch-cpu.txt", "torch-cuda.txt", "extras.txt")
+FILES = BASE, CPU, CUDA, BROWSER, EXTRAS = (
+    "base.txt",
+    "torch-cpu.txt",
+    "torch-cuda.txt",
+    "browser.txt",
+    "extras.txt",
+)
 HEAD = "# Written by environment/lock.py from pyproject.toml: change that, then `make lock`.\n"
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -49,9 +55,10 @@ def resolve(extras: list[str], preferred: str) -> dict[str, str]:
 
 
 def write(upgrade: bool) -> None:
-    """Resolve with and without the pretrained extra, cut by name, write the four files."""
-    full = resolve(["dev", "pretrained"], "" if upgrade else read(BASE) + read(CUDA) + read(EXTRAS))
-    lean = resolve(["dev"], "".join(full.values()))
+    """Resolve with and without what only some need, cut by name, write the files."""
+    kept = "".join(map(read, (BASE, CUDA, BROWSER, EXTRAS)))
+    full = resolve(["dev", "browser", "pretrained"], "" if upgrade else kept)
+    lean, browser = (resolve(["dev", *more], "".join(full.values())) for more in ([], ["browser"]))
     version = PIN.match(full["torch"])[2]
     if version not in CPU_WHEELS:
         sys.exit(
@@ -66,7 +73,8 @@ def write(upgrade: bool) -> None:
         BASE: [full[name] for name in rest if name in lean],
         CPU: [f"--extra-index-url {CPU_INDEX}\n", on_linux, elsewhere, full["triton"]],
         CUDA: [full[name] for name in full if TORCH.match(name)],
-        EXTRAS: [full[name] for name in rest if name not in lean],
+        BROWSER: [full[name] for name in rest if name in browser and name not in lean],
+        EXTRAS: [full[name] for name in rest if name not in browser],
     }.items():
         (HERE / file).write_text(HEAD + "".join(entries))
 
@@ -83,7 +91,8 @@ def check() -> list[str]:
     optional = table["project"]["optional-dependencies"]
     base = table["build-system"]["requires"] + table["project"]["dependencies"] + optional["dev"]
     needs = [(need, files) for need in base for files in ((BASE, CPU), (BASE, CUDA))]
-    needs += [(need, (BASE, EXTRAS)) for need in optional["pretrained"]]
+    needs += [(need, (BASE, BROWSER)) for need in optional["browser"]]
+    needs += [(need, (BASE, BROWSER, EXTRAS)) for need in optional["pretrained"]]
     for need, files in needs:
         name, specifier = re.match(r"([\w.-]+)(?:\[.*?\])?\s*([^;]*)", need).groups()
         version = next((pins[f][name.lower()] for f in files if name.lower() in pins[f]), None)
