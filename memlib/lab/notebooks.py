@@ -17,6 +17,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+from memlib.lab.widgets.view import FACES
+
 SOLUTION = re.compile(
     r"<details>\s*<summary>(?P<title>[^<]*)</summary>.*?```python\n(?P<code>.*?)```", re.DOTALL
 )
@@ -25,6 +27,7 @@ SOLUTION = re.compile(
 def run(path: Path) -> NotebookNode:
     """Execute a notebook from the top in a fresh kernel and store what it showed, atomically."""
     notebook = nbformat.read(path, as_version=4)
+    os.environ[FACES] = "static"  # the kernel inherits it: what is stored are pictures, no widgets
     NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": path.parent}}
     ).execute()

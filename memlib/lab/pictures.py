@@ -5,14 +5,16 @@ Colours are safe for colour-blind readers: cividis for sizes, and one fixed colo
 
 from __future__ import annotations
 
+import base64
+import html
 import io
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from memlib.lab.trace import LabelledArray, Trace
 
 ROLE = {
     "baseline": "#7a7a7a",
@@ -22,6 +24,8 @@ ROLE = {
     "output": "#009e73",
     "attention": "#7a7a7a",
     "chance": "#000000",
+    "loss": "#7a7a7a",
+    "accuracy": "#0072b2",
 }
 
 
@@ -33,7 +37,16 @@ class Picture:
     alt: str
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        return {"image/png": self.png, "text/plain": self.alt}, {"image/png": {"alt": self.alt}}
+        # The HTML carries the text where screen readers and nbconvert look for it; code hosts that show
+        # no foreign HTML take the PNG.
+        png = base64.b64encode(self.png).decode("ascii")
+        figure = f'<figure><img alt="{html.escape(self.alt)}" src="data:image/png;base64,{png}"></figure>'
+        bundle = {"text/html": figure, "image/png": self.png, "text/plain": self.alt}
+        return bundle, {"image/png": {"alt": self.alt}}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the PNG."""
+        Path(path).write_bytes(self.png)
 
 
 def picture(draw: Callable[..., None], alt: str, size: tuple[float, float] = (8, 3)) -> Picture:
@@ -47,44 +60,6 @@ def picture(draw: Callable[..., None], alt: str, size: tuple[float, float] = (8,
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)
     return Picture(buffer.getvalue(), alt)
-
-
-def gates_over_time(
-    trace: Trace, names: Sequence[str], row: int = 0, layer: int = 0, segment_length: int = 0
-) -> Picture:
-    """Gate values over the stream's tokens, one line a gate; dotted lines are segment borders."""
-    gates = {name: _per_token(trace[name], row, layer) for name in names}
-
-    def draw(axis: Any) -> None:
-        for name, values in gates.items():
-            label = name.rsplit(".", 1)[-1]
-            axis.plot(values, label=label, color=ROLE.get(label), drawstyle="steps-mid", linewidth=1.6)
-        _borders(axis, max(map(len, gates.values())), segment_length)
-        axis.set(xlabel="token", ylabel="gate", ylim=(-0.05, 1.05))
-        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(gates), frameon=False)
-
-    said = "; ".join(f"{name} from {v.min():.2f} to {v.max():.2f}" for name, v in gates.items())
-    return picture(draw, f"Gate values over {max(map(len, gates.values()))} tokens: {said}.")
-
-
-def slots_over_time(
-    trace: Trace, name: str, row: int = 0, layer: int = 0, segment_length: int = 0
-) -> Picture:
-    """Which slots each token writes or reads: slots up, tokens across; only slots used at all."""
-    weight = trace[name].at(layer=layer, batch=row).values
-    used = np.flatnonzero(weight.max(0) > 0.1)
-    order = used[np.argsort(weight[:, used].argmax(0))]
-
-    def draw(axis: Any) -> None:
-        image = axis.imshow(
-            weight[:, order].T, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest"
-        )
-        _borders(axis, len(weight), segment_length)
-        axis.set(xlabel="token", ylabel=f"{len(order)} slots in use")
-        axis.figure.colorbar(image, ax=axis, label="weight")
-
-    alt = f"Weights of {len(order)} used slots (of {weight.shape[1]}) over {len(weight)} tokens."
-    return picture(draw, alt, (8, 3.4))
 
 
 def heat_map(
@@ -132,16 +107,13 @@ def curves(
     return picture(draw, alt)
 
 
-def _per_token(array: LabelledArray, row: int, layer: int) -> np.ndarray:
-    """One value per token: what is left of other axes is averaged."""
-    values = array.at(layer=layer, batch=row)
-    for axis in values.axes:
-        if axis != "token":
-            values = values.mean(axis)
-    return values.values
+def colour_of(label: str) -> str | None:
+    """The lab's colour for a role; None lets matplotlib take its next one."""
+    return ROLE.get(label.partition(",")[0])
 
 
-def _borders(axis: Any, length: int, segment_length: int) -> None:
+def borders(axis: Any, length: int, segment_length: int) -> None:
+    """Dotted lines between the segments of a token axis."""
     if segment_length:
         for border in range(segment_length, length, segment_length):
             axis.axvline(border - 0.5, color="black", linestyle=":", linewidth=0.8)

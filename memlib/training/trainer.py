@@ -13,6 +13,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,16 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------- the loop
 
-    def train(self, until: int | None = None, progress: bool = True) -> dict[str, float]:
-        """Train up to step `until` (default: the configured end); returns the last log record."""
+    def train(
+        self,
+        until: int | None = None,
+        progress: bool = True,
+        on_step: Callable[[int, dict[str, float]], bool] | None = None,
+    ) -> dict[str, float]:
+        """Train up to step `until` (default: the configured end); returns the last log record.
+
+        `on_step(step, record)` hears of each step when it is done; where it returns false, training ends.
+        """
         training, record = self.config.training, {}
         end = training.max_steps if until is None else min(until, training.max_steps)
         log = RunLog(self.folder, self.step) if self.folder else None
@@ -105,6 +114,8 @@ class Trainer:
                 if log and (self.step % training.eval_steps == 0 or last):
                     score = self.evaluate()
                     log.write(self.step, test_accuracy=score.accuracy, test_loss=score.loss)
+                if on_step is not None and not on_step(self.step, record):
+                    break
         finally:
             bar.close()
             if log:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from memlib.lab.lesson import Lesson
-from memlib.lab.pictures import curves, gates_over_time, slots_over_time
-
-from .test_trace import record_stream, small_model
+from memlib.lab.pictures import curves, heat_map
 
 
 @pytest.fixture
@@ -64,12 +63,10 @@ def test_budget(lesson):
 
 
 def test_pictures_are_png_with_words():
-    trace, _, _ = record_stream(small_model())
     for picture in (
-        gates_over_time(trace, ["internal.writer.input"], segment_length=5),
-        slots_over_time(trace, "internal.reader.weight", segment_length=5),
+        heat_map(np.eye(3), "x", "y", "The diagonal of three.", marks=["a", "b", "c"]),
         curves({"memory": ([1, 2], [0.1, 0.9])}, "step", "accuracy", "It rises.", chance=0.1),
     ):
         data, _ = picture._repr_mimebundle_()
         assert data["image/png"].startswith(b"\x89PNG") and len(data["image/png"]) < 150_000
-        assert len(data["text/plain"]) >= 9
+        assert len(data["text/plain"]) >= 9 and data["text/plain"] in data["text/html"]

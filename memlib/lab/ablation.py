@@ -1,0 +1,87 @@
+"""Taking slots away: what the model says when part of its memory is as if nothing had been written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from memlib.models import MemoryTransformer
+
+
+@dataclass(frozen=True)
+class Question:
+    """A position whose next token is asked for, and the right answer's id."""
+
+    token: int
+    answer: int
+
+
+def ask_without(
+    model: MemoryTransformer, tokens: Tensor, question: int, sets: Sequence[Sequence[int]], layer: int = 0
+) -> np.ndarray:
+    """The model's distribution after token `question`, once for each set of slots taken away: [g v].
+
+    tokens: [n], one stream. The slots of a set are put back to a fresh stream's content at the border
+    before the question's segment, in the `layer`-th memory. Everything else stays as it was.
+    Raises ValueError for a memory without slots.
+    """
+    import torch
+    from einops import rearrange, repeat
+
+    from memlib.memory.internal import SlotState
+
+    length = model.config.model.segment_length
+    border = question // length * length
+    with torch.no_grad():
+        state = model(tokens[None, :border]).memory_state if border else model.init_state(1)
+        state = state.rows(torch.zeros(len(sets), dtype=torch.long))
+        banks = list(state.banks)
+        bank, fresh = banks[layer], model.init_state(len(sets)).banks[layer]
+        if not (isinstance(bank, SlotState) and isinstance(fresh, SlotState)):
+            raise ValueError(f"memory {layer} is a {type(bank).__name__}, which has no slots to take away")
+        gone = torch.zeros(fresh.slots.shape[:2], dtype=torch.bool)
+        for row, taken in enumerate(sets):
+            gone[row, list(taken)] = True
+        banks[layer] = SlotState(torch.where(rearrange(gone, "g s -> g s 1"), fresh.slots, bank.slots))
+        part = repeat(tokens[border : question + 1], "n -> g n", g=len(sets))
+        logits = model(part, memory_state=replace(state, banks=tuple(banks))).logits[:, -1]
+    return torch.softmax(logits, -1).numpy()
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Answers with and without slots, at each question: before [q v]; alone, together [s q v].
+
+    `alone` takes away one slot; `together` every slot that was written most by the same token.
+    """
+
+    slots: list[int]
+    questions: list[Question]
+    before: np.ndarray
+    alone: np.ndarray
+    together: np.ndarray
+
+
+def ablate(
+    model: MemoryTransformer,
+    tokens: Tensor,
+    questions: Sequence[Question],
+    writer: np.ndarray,
+    slots: Sequence[int],
+    layer: int = 0,
+) -> Ablation:
+    """Take away each of `slots`, and with it its companions; writer: [s] each slot's main writer."""
+    singles = [[slot] for slot in slots]
+    groups = [[s for s in slots if writer[s] == writer[slot]] for slot in slots]
+    if not questions:
+        raise ValueError("no questions: name at least one position whose next token is asked for")
+    answers = [ask_without(model, tokens, q.token, [[], *singles, *groups], layer) for q in questions]
+    every = np.stack(answers, 1).astype(np.float32)  # [1 + 2s, q, v]
+    count = len(slots)
+    return Ablation(list(slots), list(questions), every[0], every[1 : 1 + count], every[1 + count :])

@@ -1,0 +1,103 @@
+// Gate values over tokens: a colour strip and a line a gate, the text under the cursor.
+views.gates = (frame) => {
+  const { rows, tokens, segment_length: length } = frame.words, { data, step } = frame.arrays.gate;
+  const n = tokens.length, left = 120, right = 118, strip = 24, top = 22, chart = 120, ribbon = 30;
+  let span = 1;
+  const value = (row, t) => data[row * n + t];
+  const x = (t) => left + ((t + 0.5) * span) / n;
+  const lines = top + rows.length * strip + 14;
+  const share = (row, test) => {
+    let count = 0;
+    for (let t = 0; t < n; t++) count += test(value(row, t));
+    return Math.round((100 * count) / n);
+  };
+  const opened = rows.map((_, r) => share(r, (v) => v > 0.95)), shut = rows.map((_, r) => share(r, (v) => v < 0.05));
+  const state = (v) => (v > 0.95 ? ", open" : v < 0.05 ? ", shut" : "");
+  const describe = (t, row, cursor) => {
+    const now = value(row, t);
+    let text = `token ${t}, “${tokens[t]}”: ${rows[row]} = ${exact(now, step)}${state(now)}`;
+    if (cursor.pin !== null && cursor.pin !== t) {
+      const change = now - value(row, cursor.pin);
+      text += `; ${change < 0 ? "−" : "+"}${Math.abs(change).toFixed(4)} against pinned token ${cursor.pin}`;
+    }
+    return text;
+  };
+  const opening = (cursor, way) => {
+    for (let t = cursor.time + way; t > 0 && t < n; t += way) {
+      if (value(cursor.item, t) >= 0.5 && value(cursor.item, t - 1) < 0.5) return { time: t };
+    }
+    return null;
+  };
+
+  function paint(g, cursor) {
+    span = g.width - left - right;
+    g.legend(g.width - 4, 10, "0", "1", "gate");
+    rows.forEach((label, r) => {
+      const y = top + r * strip, chosen = r === cursor.item;
+      g.cells(left, y, span, strip - 4, n, 1, (i) => value(r, i));
+      g.text(label, left - 8, y + strip / 2 - 2, { align: "right", bold: chosen, room: left - 12 });
+      g.text(`${opened[r]} % open, ${shut[r]} % shut`, left + span + 8, y + strip / 2 - 2,
+        { size: 11, colour: g.faint, room: right - 10 });
+    });
+    const y = (v) => lines + (1 - v) * chart;
+    g.ctx.globalAlpha = 0.35;
+    g.rect(left, y(1), span, chart * 0.05, g.rule);
+    g.rect(left, y(0.05), span, chart * 0.05, g.rule);
+    g.ctx.globalAlpha = 1;
+    for (const v of [0, 0.5, 1]) {
+      g.text(String(v), left - 8, y(v), { align: "right", size: 11, colour: g.faint });
+      g.line([[left, y(v)], [left + span, y(v)]], g.rule, 1);
+    }
+    for (let t = length; length && t < n; t += length) {
+      g.line([[x(t - 0.5), top], [x(t - 0.5), lines + chart]], g.faint, 1, [2, 3]);
+    }
+    const order = rows.map((_, r) => r).sort((a) => (a === cursor.item ? 1 : -1));
+    for (const r of order) {
+      const points = Array.from({ length: n }, (_, t) => [x(t), y(value(r, t))]);
+      g.ctx.globalAlpha = r === cursor.item ? 1 : 0.45;
+      g.line(points, colourOf(rows[r].split(",")[0], r), r === cursor.item ? 2.5 : 1.5);
+      g.ctx.globalAlpha = 1;
+      g.text(rows[r], left + span + 8, lines + 12 + r * 16, { size: 11, bold: r === cursor.item,
+        colour: g.ink, room: right - 26 });
+      g.rect(g.width - 14, lines + 7 + r * 16, 10, 10, colourOf(rows[r].split(",")[0], r));
+    }
+    if (cursor.pin !== null) g.line([[x(cursor.pin), top], [x(cursor.pin), lines + chart]], g.faint, 2);
+    g.line([[x(cursor.time), top], [x(cursor.time), lines + chart]], g.ink, 1.5);
+    const r = cursor.item, side = Math.max(3, span / n);
+    g.mark(x(cursor.time) - side / 2, top + r * strip, side, strip - 4);
+    readAlong(g, tokens, cursor.time, left, lines + chart + 18, span);
+  }
+
+  return {
+    height: () => lines + chart + ribbon + 6,
+    paint,
+    describe,
+    place: (t, row) => ({ x: x(t) - span / n / 2, y: top + row * strip, width: span / n, height: strip - 4 }),
+    locate: (px, py) => {
+      const t = Math.floor(((px - left) / span) * n);
+      if (t < 0 || t >= n || py < top) return null;
+      const row = Math.floor((py - top) / strip);
+      return row < rows.length ? { time: t, item: row } : { time: t };
+    },
+    where: (t) => `token ${t} of ${n - 1}` + (length ? `, segment ${Math.floor(t / length)}` : ""),
+    table: (cursor) => [["gate", "value", "state"], ...rows.map((label, r) =>
+      [label, exact(value(r, cursor.time), step), state(value(r, cursor.time)).slice(2) || "between"])],
+    actions: [
+      { label: "Next opening", key: "n", run: (cursor) => opening(cursor, 1) },
+      { label: "Previous opening", key: "b", run: (cursor) => opening(cursor, -1) },
+      { label: "Pin this token", key: "p", run: (cursor) => ({ pin: cursor.pin === cursor.time ? null : cursor.time }) },
+    ],
+  };
+};
+
+// The tokens around the cursor, the one under it marked.
+function readAlong(g, tokens, time, left, y, span) {
+  const width = 46, fit = Math.max(1, Math.floor(span / width)), first = Math.max(0, Math.min(time - (fit >> 1),
+    tokens.length - fit));
+  for (let i = 0; i < fit && first + i < tokens.length; i++) {
+    const here = first + i === time, x = left + i * width;
+    if (here) g.rect(x, y - 11, width - 2, 22, g.ink);
+    g.text(tokens[first + i], x + (width - 2) / 2, y, { align: "center", bold: here,
+      colour: here ? g.paper : g.ink, room: width - 4 });
+  }
+}

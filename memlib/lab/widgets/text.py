@@ -1,0 +1,12 @@
+"""The words under a recording's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from memlib.lab.trace import Trace
+
+
+def words_of(trace: Trace, word: Callable[[int], str], row: int = 0) -> list[str]:
+    """One recorded stream as a person reads it."""
+    return [word(int(token)) for token in trace["tokens"].at(batch=row).values]

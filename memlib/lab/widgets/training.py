@@ -1,0 +1,192 @@
+"""A run as it trains, on a thread of its own: watch it, pause it, take one step, stop it.
+
+run = watch(trainer)
+run                      # the widget; the cell is done, the run goes on
+await run.finished()     # a later cell; the buttons keep working while it waits
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memlib.lab.pictures import colour_of
+from memlib.lab.widgets.host import Stage
+from memlib.lab.widgets.view import FACES, View
+
+if TYPE_CHECKING:
+    from memlib.training.trainer import Trainer
+
+HERTZ = 30  # pushes to the browser, at most
+POINTS = 400  # of the curve in the browser; a longer run is thinned
+
+
+class Watched:
+    """A run on a background thread; `watch` starts it."""
+
+    def __init__(
+        self, trainer: Trainer, until: int | None, measure: Callable[[], dict[str, float]] | None, every: int
+    ) -> None:
+        training = trainer.config.training
+        self.trainer, self.measure, self.every = trainer, measure, every
+        self.until = training.max_steps if until is None else min(until, training.max_steps)
+        self.records: list[tuple[int, dict[str, float]]] = []
+        self.measured: dict[str, float] = {}
+        self.error: BaseException | None = None
+        self.stopped, self.singles = False, 0
+        self.gate = threading.Condition()
+        self.paused = False
+        self.pushed, self.pushes = 0.0, 0
+        self.stage: Stage | None = None
+        self.thread = threading.Thread(target=self.work, name="memlib-training", daemon=True)
+
+    # What the buttons do.
+
+    def pause(self) -> None:
+        """Pause after the step that is under way; once more goes on."""
+        with self.gate:
+            self.paused = not self.paused
+            self.gate.notify_all()
+        self.push(force=True)
+
+    def step(self) -> None:
+        """One step, then pause."""
+        with self.gate:
+            self.paused = True
+            self.singles += 1
+            self.gate.notify_all()
+
+    def stop(self) -> None:
+        """End the run here; the model keeps what it has learned."""
+        with self.gate:
+            self.stopped = True
+            self.gate.notify_all()
+
+    # What waits for it.
+
+    async def finished(self) -> Trainer:
+        """Wait without blocking the kernel; raises what the run raised."""
+        while self.thread.is_alive():
+            await asyncio.sleep(0.02)
+        return self.wait()
+
+    def wait(self) -> Trainer:
+        """Wait, for a script: in a notebook the buttons would wait as well."""
+        self.thread.join()
+        if self.error is not None:
+            raise self.error
+        return self.trainer
+
+    # The thread.
+
+    def work(self) -> None:
+        import torch
+
+        torch.set_num_threads(self.trainer.config.training.num_threads)  # a thread has its own setting
+        try:
+            self.trainer.train(until=self.until, progress=False, on_step=self.on_step)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.stopped = True
+            self.push(force=True)
+
+    def on_step(self, step: int, record: dict[str, float]) -> bool:
+        if self.measure is not None and (step % self.every == 0 or step == self.until):
+            self.measured = self.measure()
+        self.records.append((step, {**record, **self.measured}))
+        self.push()
+        with self.gate:
+            self.singles = max(0, self.singles - 1)
+            while self.paused and not self.singles and not self.stopped:
+                self.gate.wait()
+            return not self.stopped
+
+    # What is shown.
+
+    @property
+    def state(self) -> str:
+        if self.error is not None:
+            return f"failed: {type(self.error).__name__}"
+        if self.stopped:
+            return "finished" if self.trainer.step >= self.until else "stopped"
+        return "paused" if self.paused else "training"
+
+    def curves(self) -> View:
+        return training_view(list(self.records), self.state, self.trainer.task.chance, bool(self.measure))
+
+    def push(self, force: bool = False) -> None:
+        now = time.monotonic()
+        if self.stage is None or not (force or now - self.pushed >= 1 / HERTZ):
+            return
+        self.pushed, self.pushes = now, self.pushes + 1
+        self.stage.push(self.curves())
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        if os.environ.get(FACES) == "static":
+            self.wait()
+            return self.curves()._repr_mimebundle_(**options)
+        if self.stage is None:
+            self.stage = self.curves().live()
+            for name in ("pause", "step", "stop"):
+                self.stage.on_action(name, getattr(self, name))
+        bundle, metadata = self.stage._repr_mimebundle_(**options) or ({}, {})
+        return {**bundle, "text/plain": f"a run of {self.until} steps, {self.state}"}, metadata
+
+
+def watch(
+    trainer: Trainer,
+    until: int | None = None,
+    measure: Callable[[], dict[str, float]] | None = None,
+    every: int = 10,
+) -> Watched:
+    """Train on a background thread, up to step `until`, and show it.
+
+    measure: what else to show, numbers in 0 … 1 by name, taken each `every` steps (it runs on the
+    training thread, between two steps). The weights are those of `trainer.train()`, bit for bit.
+    """
+    run = Watched(trainer, until, measure, every)
+    run.thread.start()
+    return run
+
+
+def training_view(
+    records: list[tuple[int, dict[str, float]]], state: str, chance: float, measured: bool
+) -> View:
+    """The curves of a run so far; a long one is thinned to some hundred points, the last one always in."""
+    taken = sorted({int(i) for i in np.linspace(0, len(records) - 1, min(POINTS, len(records)))})
+    kept = [records[i] for i in taken] or [(0, {"loss": 0.0, "accuracy": 0.0})]
+    names = [n for n in kept[-1][1] if n not in ("loss", "grad_norm") and not n.startswith("lr_")]
+    steps = np.array([step for step, _ in kept], dtype=np.int32)
+    loss = np.array([record["loss"] for _, record in kept], dtype=np.float32)
+    parts = np.array([[record.get(n, 0.0) for _, record in kept] for n in names], dtype=np.float32)
+
+    def draw(axis: Any, _time: int) -> None:
+        axis.plot(
+            steps, loss / max(float(loss.max()), 1e-9), color=colour_of("loss"), label="loss (of its peak)"
+        )
+        for name, line in zip(names, parts, strict=True):
+            axis.plot(steps, line, color=colour_of(name), label=name)
+        axis.axhline(chance, color="black", linestyle=":", linewidth=1, label="chance")
+        axis.set(xlabel="step", ylim=(-0.03, 1.05))
+        axis.legend(frameon=False, ncols=2 + len(names), loc="lower right", bbox_to_anchor=(1, 1))
+
+    said = ", ".join(f"{name} {line[-1]:.3f}" for name, line in zip(names, parts, strict=True))
+    return View(
+        kind="training",
+        title="Training",
+        summary=f"Step {steps[-1]}, {state}: loss {loss[-1]:.3f}, {said}; chance {chance:.3f}.",
+        arrays={"steps": steps, "loss": loss, "parts": parts},
+        draw=draw,
+        times=len(kept),
+        unit="record",
+        words={"names": names, "state": state, "chance": chance},
+        group="",
+        follow=True,
+    )
