@@ -53,7 +53,6 @@ class Watched:
         with self.gate:
             self.paused = not self.paused
             self.gate.notify_all()
-        self.push(force=True)
 
     def step(self) -> None:
         """One step, then pause."""
@@ -101,9 +100,9 @@ class Watched:
         if self.measure is not None and (step % self.every == 0 or step == self.until):
             self.measured = self.measure()
         self.records.append((step, {**record, **self.measured}))
-        self.push()
         with self.gate:
             self.singles = max(0, self.singles - 1)
+            self.push(force=self.paused)
             while self.paused and not self.singles and not self.stopped:
                 self.gate.wait()
             return not self.stopped

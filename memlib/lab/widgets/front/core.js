@@ -186,8 +186,7 @@ function mount(root, firstFrame, tell = () => {}) {
   const tip = element("div", { class: "memlib-tip", role: "presentation", hidden: "" });
   const readout = element("p", { class: "memlib-readout", "aria-live": "polite" });
   const numbers = element("details", { class: "memlib-numbers", ontoggle: () => fillTable() },
-    element("summary", {}, "Numbers of this moment"), element("div", { tabindex: 0, role: "region",
-      "aria-label": "Numbers of this moment" }));
+    element("summary", {}, "Numbers of this moment"), element("div", { tabindex: 0, role: "group" }));
   const title = element("figcaption", { id });
   const about = element("p", { class: "memlib-about" });
   const figure = element("figure", { class: "memlib", "aria-labelledby": id }, title, transport, extras,
@@ -206,6 +205,7 @@ function mount(root, firstFrame, tell = () => {}) {
     view = views[frame.kind](frame);
     figure.dataset.kind = frame.kind;
     title.textContent = frame.title;
+    numbers.lastElementChild.setAttribute("aria-label", `Numbers of ${frame.title}`);
     about.textContent = frame.summary;
     for (const [name, values] of Object.entries(frame.choices)) {
       if (!values.includes(cursor.choice[name])) cursor.choice[name] = values[0];

@@ -1,0 +1,102 @@
+"""The lab as a person meets it: JupyterLab with its settings and a token, in a real browser."""
+
+from __future__ import annotations
+
+import time
+import urllib.error
+import urllib.request
+
+import nbformat
+import pytest
+
+LIVE = [
+    """
+from memlib import Trainer, load_config, override
+from memlib.lab.widgets import Form, watch
+from memlib.lab.widgets.slots import slot_view
+import numpy as np
+
+trainer = Trainer(override(load_config("recall_internal"), {"training.max_steps": 100_000}))
+run = watch(trainer, measure=lambda: {"half": 0.5})
+run
+""",
+    "trained = await run.finished()",
+    """
+def squares(slots, steps):
+    return slot_view({"norm": np.full((steps, slots), 2.0, dtype=np.float32)})
+
+
+form = Form(squares, {"slots": 8}, slots=(4, 40), steps=(2, 6))
+form
+""",
+]
+
+
+START = "() => { window.ran = window.jupyterapp.commands.execute('notebook:run-all-cells'); }"
+
+
+@pytest.fixture(scope="module")
+def live(lab):
+    """A notebook whose run does not end by itself."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s.strip()) for s in LIVE])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, lab.home / "notebooks" / "live.ipynb")
+    return "notebooks/live.ipynb"
+
+
+def test_without_the_token_the_lab_is_shut(lab):
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(f"{lab.address}/api/contents", timeout=10)
+
+
+def test_it_opens_on_the_start_page(lab, open_sheet, screenshot):
+    sheet = open_sheet(f"{lab.address}/?token={lab.token}", allowed=lab.address)
+    sheet.page.get_by_role("heading", name="Start here").wait_for(timeout=60_000)
+    lab.ready(sheet, "notebooks/00_start_here.ipynb")
+    screenshot(sheet.page, "start_page")
+    sheet.assert_clean()
+
+
+def test_a_run_is_watched_paused_and_stopped(lab, live, open_sheet, screenshot):
+    """The second cell waits for the run; the buttons work all the same, and the kernel is well after."""
+    sheet = open_sheet(lab.url(live), allowed=lab.address)
+    lab.ready(sheet, live)
+    sheet.page.evaluate(START)
+    figure = sheet.figure("training")
+    figure.wait("f => Number(f.dataset.time) > 5", 60)
+    first = figure.image()
+    figure.wait("f => Number(f.dataset.time) > 12", 60)
+    assert figure.image() != first
+
+    button = figure.locator.get_by_role("button", name="Pause")
+    button.click()
+    figure.locator.get_by_role("button", name="Continue").wait_for(timeout=20_000)
+    held = figure.time
+    time.sleep(1)
+    assert figure.time == held
+    figure.locator.get_by_role("button", name="One step").click()
+    figure.wait(f"f => Number(f.dataset.time) === {held + 1}")
+    time.sleep(0.5)
+    assert figure.time == held + 1
+    screenshot(figure.locator, "live_paused")
+    figure.locator.get_by_role("button", name="Continue").click()
+    figure.wait(f"f => Number(f.dataset.time) > {held + 3}", 30)
+    figure.locator.get_by_role("button", name="Stop").click()
+
+    sheet.page.set_default_timeout(60_000)
+    assert sheet.page.evaluate("() => window.ran") is True
+    assert lab.ask(sheet, "print(run.state, trained is trainer)") == "stopped True"
+
+    # The widgets of the same notebook answer after the run: the kernel was not wedged.
+    squares = sheet.figure("slots")
+    assert lab.ask(sheet, "print(form.stage.view.items)") == "8"
+    handle = sheet.page.get_by_role("slider").and_(sheet.page.locator(".noUi-handle")).first
+    handle.focus()
+    before = squares.image()
+    handle.press("ArrowRight")
+    end = time.monotonic() + 20
+    while lab.ask(sheet, "print(form.stage.view.items)") != "9":
+        assert time.monotonic() < end, "the slider did not reach the kernel"
+    squares.wait("f => f.querySelector('.memlib-about').textContent.startsWith('9 slots')")
+    assert squares.image() != before
+    sheet.assert_clean()

@@ -1,0 +1,262 @@
+"""The front-end core alone, in a page from disk: no kernel, no server."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from memlib import load_config, override, record
+from memlib.lab.ablation import Question, ablate
+from memlib.lab.widgets import gates_over_time, inspect_slots, reading_over_text, save_page, slots_over_time
+from memlib.lab.widgets.inspector import busiest_slots, main_writer
+from memlib.lab.widgets.slots import slot_view
+from memlib.lab.widgets.training import training_view
+from memlib.models import MemoryTransformer
+
+KINDS = ["gates", "slots", "inspector", "reading", "training"]
+STEPS, SLOTS = 64, 8 * 1024
+
+
+@pytest.fixture(scope="module")
+def views():
+    torch.manual_seed(0)
+    model = MemoryTransformer(override(load_config("recall_internal"), {"memory.internal.num_slots": 32}))
+    with torch.no_grad():
+        for p in model.eval().parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    ids = torch.randint(0, 64, (1, 64))
+    with record(model) as trace, torch.no_grad():
+        model(ids)
+    questions = [Question(50, 3), Question(60, 5)]
+    slots = busiest_slots(trace, most=12)
+    ablation = ablate(model, ids[0], questions, main_writer(trace), slots)
+    records = [(s, {"loss": 3 / s, "accuracy": s / 50, "gate": 0.5}) for s in range(1, 41)]
+    return {
+        "gates": gates_over_time(trace, word=lambda t: f"w{t}", segment_length=16),
+        "slots": slots_over_time(trace, segment_length=16),
+        "inspector": inspect_slots(trace, ablation, 64, lambda t: f"w{t}", segment_length=16),
+        "reading": reading_over_text(trace, lambda t: f"w{t}", segment_length=16, marked=[50, 60]),
+        "training": training_view(records, "finished", 0.06, True),
+    }
+
+
+@pytest.fixture(scope="module")
+def address(views, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "views.html"
+    save_page(path, *views.values(), title="Five views")
+    return path.as_uri()
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """8 banks of 1024 slots over 64 steps, and the page that shows them."""
+    values = np.random.default_rng(0).random((STEPS, SLOTS), dtype=np.float32)
+    path = tmp_path_factory.mktemp("big") / "big.html"
+    save_page(path, slot_view({"norm": values}, banks=8))
+    return values, path.as_uri()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_view_draws_and_passes_axe(open_sheet, address, screenshot, scheme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    sheet = open_sheet(address, color_scheme=scheme)
+    for kind in KINDS:
+        figure = sheet.figure(kind)
+        screenshot(figure.locator, f"{kind}_{scheme}")
+        figure.locator.locator("summary").click()  # axe sees only what is open
+    found = Axe().run(sheet.page).response["violations"]
+    assert not found, [(v["id"], [n["html"][:120] for n in v["nodes"]]) for v in found]
+    sheet.assert_clean()
+
+
+def test_themes_differ_where_they_should(open_sheet, address):
+    """Ink on paper, both ways round: the first pixel of the axis' text is not the paper's colour."""
+    seen = {}
+    for scheme in ("light", "dark"):
+        figure = open_sheet(address, color_scheme=scheme).figure("gates")
+        style = "f => { const s = getComputedStyle(f); return [s.color, s.backgroundColor]; }"
+        seen[scheme] = figure.locator.evaluate(style)
+    brightness = {k: [sum(map(int, c[4:-1].split(","))) for c in v] for k, v in seen.items()}
+    assert brightness["light"][0] < 150 and brightness["light"][1] > 700
+    assert brightness["dark"][0] > 600 and brightness["dark"][1] < 150
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys(open_sheet, address, views, kind):
+    view, figure = views[kind], open_sheet(address).figure(kind)
+    last = view.times - 1
+    figure.press("Home")
+    assert figure.time == 0
+    figure.press("ArrowLeft")
+    assert figure.time == 0, "the start is the start"
+    first = figure.image()
+    figure.press("ArrowRight", "ArrowRight")
+    assert figure.time == 2
+    assert figure.image() != first
+    figure.press("PageDown")
+    assert figure.time == min(last, 2 + view.page)
+    figure.press("End", "ArrowRight")
+    assert figure.time == last
+    figure.press("ArrowLeft")
+    assert figure.time == last - 1
+    if view.items > 1:
+        figure.press(*["ArrowUp"] * view.items)
+        begun = figure.item
+        figure.press(".")
+        assert figure.item == begun + 1
+        figure.press(",")
+        assert figure.item == begun
+
+
+def test_readout_and_tooltip_say_the_exact_value(open_sheet, address, views):
+    figure = open_sheet(address).figure("gates")
+    gate = views["gates"].arrays["gate"]
+    figure.press("Home", *["ArrowRight"] * 7)
+    assert f"= {gate[0, 7]:.4f}" in figure.readout and "token 7" in figure.readout
+    place = figure.place(20, 1)
+    figure.canvas.hover(position={"x": place["x"] + place["width"] / 2, "y": place["y"] + 8})
+    tip = figure.locator.locator(".memlib-tip")
+    assert tip.is_visible() and "token 20" in tip.inner_text() and f"{gate[1, 20]:.4f}" in tip.inner_text()
+    assert figure.time == 7, "hovering looks and does not move"
+
+
+def test_click_moves_the_cursor(open_sheet, address):
+    figure = open_sheet(address).figure("slots")
+    place = figure.place(0, 21)
+    figure.canvas.click(
+        position={"x": place["x"] + place["width"] / 2, "y": place["y"] + place["height"] / 2}
+    )
+    assert figure.item == 21 and "slot 21" in figure.readout
+
+
+def test_next_opening_finds_a_gate_that_opens(open_sheet, address, views):
+    gate = views["gates"].arrays["gate"][0]
+    openings = [t for t in range(1, len(gate)) if gate[t] >= 0.5 and gate[t - 1] < 0.5]
+    assert openings, "the example must have one"
+    figure = open_sheet(address).figure("gates")
+    figure.press("Home", "n")
+    assert figure.time == openings[0]
+    figure.locator.get_by_role("button", name="Next opening").click()
+    assert figure.time == (openings[1] if len(openings) > 1 else openings[0])
+
+
+def test_pin_compares_two_tokens(open_sheet, address, views):
+    gate = views["gates"].arrays["gate"][0]
+    figure = open_sheet(address).figure("gates")
+    figure.press("Home", "p", "ArrowRight", "ArrowRight")
+    change = gate[2] - gate[0]
+    assert f"{'−' if change < 0 else '+'}{abs(change):.4f} against pinned token 0" in figure.readout
+
+
+def test_views_of_one_stream_are_linked(open_sheet, address):
+    sheet = open_sheet(address)
+    gates, slots, reading, run = (sheet.figure(k) for k in ("gates", "slots", "reading", "training"))
+    where = run.time
+    gates.press("Home", "PageDown", "PageDown", "ArrowRight")
+    assert (gates.time, slots.time, reading.time, run.time) == (33, 2, 33, where)
+    slots.press("End")
+    assert (gates.time, reading.time) == (48, 48)
+
+
+def test_choices_change_what_is_drawn(open_sheet, address):
+    figure = open_sheet(address).figure("slots")
+    before = figure.image()
+    figure.locator.locator('select[data-choice="show"]').select_option("age")
+    assert figure.image() != before and ": age " in figure.readout.replace("segment 0", "").replace("  ", " ")
+    shown = figure.image()
+    figure.locator.locator('select[data-choice="order"]').select_option("most first")
+    assert figure.image() != shown
+
+
+def test_numbers_are_there_without_the_picture(open_sheet, address, views):
+    figure = open_sheet(address).figure("gates")
+    figure.locator.locator("summary").click()
+    figure.press("Home")
+    cells = figure.locator.locator("td").all_inner_texts()
+    assert f"{views['gates'].arrays['gate'][0, 0]:.4f}" in cells
+    assert views["gates"].summary in figure.locator.inner_text()
+    assert figure.canvas.get_attribute("aria-label").startswith("Gate values over 64 tokens")
+
+
+def test_play_runs_to_the_end_and_stays_quiet_meanwhile(open_sheet, address):
+    figure = open_sheet(address).figure("training")
+    figure.press("Home", " ")
+    figure.wait("f => f.dataset.playing === 'true' && Number(f.dataset.time) > 1")
+    assert figure.readout.startswith("step 1:"), "a screen reader is not read every step of an animation"
+    figure.press(" ")
+    paused = figure.time
+    figure.wait("f => f.dataset.playing === 'false'")
+    assert figure.readout.startswith(f"step {paused + 1}:")
+    figure.locator.get_by_role("button", name="Play").click()
+    figure.wait("f => Number(f.dataset.time) === 39 && f.dataset.playing === 'false'", 30)
+
+
+def test_reduced_motion_plays_at_most_one_step_a_second(open_sheet, address):
+    figure = open_sheet(address, reduced_motion="reduce").figure("training")
+    figure.press("Home")
+    begun, started = figure.time, time.monotonic()
+    time.sleep(0.5)
+    assert figure.time == begun, "nothing starts by itself"
+    figure.press(" ")
+    time.sleep(2.5)
+    moved, seconds = figure.time - begun, time.monotonic() - started
+    assert 1 <= moved <= seconds
+
+
+def test_pixels_are_the_values(open_sheet, big):
+    """A known slot at a known step has cividis' colour for its value, in every bank."""
+    from matplotlib import colormaps
+
+    values, address = big
+    figure = open_sheet(address).figure("slots")
+    figure.press("Home", *["ArrowRight"] * 5)
+    figure.settle()
+    for slot in (0, 700, 1024, 3333, 5120, 8191):
+        place = figure.place(5, slot)
+        seen = figure.pixel(place["x"] + place["width"] / 2, place["y"] + place["height"] / 2)
+        expected = 255 * np.array(colormaps["cividis"](float(values[5, slot] / values.max()))[:3])
+        assert np.abs(np.array(seen[:3]) - expected).max() < 12, (slot, seen, expected)
+        other = 255 * np.array(colormaps["cividis"](float(values[4, slot] / values.max()))[:3])
+        if abs(values[5, slot] - values[4, slot]) > 0.3:
+            assert np.abs(np.array(seen[:3]) - other).max() > 12, "this is another step's picture"
+
+
+def test_scrubbing_8192_slots_is_quick(open_sheet, big):
+    """From a key to its paint under 50 ms in the median, timed in the page itself."""
+    figure = open_sheet(big[1]).figure("slots")
+    figure.press("Home")
+    delays = []
+    for _ in range(40):
+        painted = int(figure.data("paints"))
+        figure.press("ArrowRight")
+        figure.wait(f"f => Number(f.dataset.paints) > {painted}")
+        delays.append(float(figure.data("keyToPaint")))
+    assert figure.time == 40
+    assert sorted(delays)[20] < 50, sorted(delays)
+
+
+def test_picture_can_be_saved(open_sheet, address, tmp_path):
+    sheet = open_sheet(address)
+    figure = sheet.figure("reading")
+    with sheet.page.expect_download() as saved:
+        figure.locator.get_by_role("button", name="Save PNG").click()
+    saved.value.save_as(tmp_path / "x.png")
+    assert saved.value.suggested_filename == "reading.png"
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_narrow_window(open_sheet, address, screenshot):
+    """At the width of a phone nothing runs out of the page."""
+    sheet = open_sheet(address)
+    sheet.page.set_viewport_size({"width": 420, "height": 800})
+    for kind in KINDS:
+        figure = sheet.figure(kind)
+        figure.settle()
+        width = figure.locator.evaluate("f => [f.scrollWidth, f.clientWidth]")
+        assert width[0] <= width[1] + 1, kind
+        screenshot(figure.locator, f"{kind}_narrow")
+    sheet.assert_clean()
