@@ -25,8 +25,10 @@ ROLE = {
     "attention": "#7a7a7a",
     "chance": "#000000",
     "loss": "#7a7a7a",
-    "accuracy": "#0072b2",
 }
+
+
+SERIES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a7a7a", "#b58900"]
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,9 @@ def curves(
     return picture(draw, alt)
 
 
-def colour_of(label: str) -> str | None:
-    """The lab's colour for a role; None lets matplotlib take its next one."""
-    return ROLE.get(label.partition(",")[0])
+def colour_of(label: str, place: int = 0) -> str:
+    """The lab's colour for a role, or for the line at a place among others."""
+    return ROLE.get(label.partition(",")[0], SERIES[place % len(SERIES)])
 
 
 def borders(axis: Any, length: int, segment_length: int) -> None:

@@ -100,3 +100,55 @@ def test_a_run_is_watched_paused_and_stopped(lab, live, open_sheet, screenshot):
     squares.wait("f => f.querySelector('.memlib-about').textContent.startsWith('9 slots')")
     assert squares.image() != before
     sheet.assert_clean()
+
+
+def test_notebook_03_runs_and_its_views_answer(lab, open_sheet, screenshot):
+    """Run all, then step, play and click: what is drawn changes, the views move together, nothing fails."""
+    path = "notebooks/03_internal_memory.ipynb"
+    sheet = open_sheet(lab.url(path), allowed=lab.address)
+    lab.ready(sheet, path)
+    assert lab.run_all(sheet), "a cell failed"
+    sheet.page.set_default_timeout(30_000)
+
+    training = sheet.figure("training")
+    assert "finished" in training.readout
+    gates, slots, text = sheet.figure("strips"), sheet.figure("slots"), sheet.figure("reading")
+    gates.press("Home")
+    drawn = [figure.image() for figure in (gates, slots, text)]
+    scrubber = gates.locator.get_by_role("slider")
+    scrubber.focus()
+    for _ in range(20):
+        scrubber.press("ArrowRight")
+    assert gates.time == 20 and "token 20" in gates.readout
+    assert (slots.time, text.time) == (1, 20), "the views of one stream move together"
+    for figure, before in zip((gates, slots, text), drawn, strict=True):
+        assert figure.image() != before
+    moved = gates.image()
+    gates.locator.get_by_role("button", name="Play").click()
+    gates.wait("f => Number(f.dataset.time) > 25")
+    gates.locator.get_by_role("button", name="Pause").click()
+    assert gates.image() != moved
+
+    text.press("n")
+    assert text.time == int(lab.ask(sheet, "print(next(t for t in asked if t > 25))"))
+    assert "from token" in text.readout
+    screenshot(text.locator, "notebook_03_reading")
+    cell = slots.place(0, 40)
+    slots.canvas.click(position={"x": cell["x"] + cell["width"] / 2, "y": cell["y"] + cell["height"] / 2})
+    assert "slot 40," in slots.readout
+    inspector = sheet.figure("inspector")
+    whole = inspector.image()
+    inspector.locator.locator('select[data-choice="without"]').select_option("this slot")
+    assert inspector.image() != whole
+    for figure, name in (
+        (gates, "gates"),
+        (slots, "slots"),
+        (inspector, "inspector"),
+        (training, "training"),
+    ):
+        figure.locator.scroll_into_view_if_needed()
+        screenshot(figure.locator, f"notebook_03_{name}")
+    gates.locator.scroll_into_view_if_needed()
+    screenshot(sheet.page, "notebook_03")
+    assert lab.ask(sheet, "print(accuracy_memory[0] > 0.99)") == "True", "the kernel answers after all that"
+    sheet.assert_clean()

@@ -16,7 +16,7 @@ from memlib.lab.widgets.slots import slot_view
 from memlib.lab.widgets.training import training_view
 from memlib.models import MemoryTransformer
 
-KINDS = ["gates", "slots", "inspector", "reading", "training"]
+KINDS = ["strips", "slots", "inspector", "reading", "training"]
 STEPS, SLOTS = 64, 8 * 1024
 
 
@@ -35,7 +35,7 @@ def views():
     ablation = ablate(model, ids[0], questions, main_writer(trace), slots)
     records = [(s, {"loss": 3 / s, "accuracy": s / 50, "gate": 0.5}) for s in range(1, 41)]
     return {
-        "gates": gates_over_time(trace, word=lambda t: f"w{t}", segment_length=16),
+        "strips": gates_over_time(trace, word=lambda t: f"w{t}", segment_length=16),
         "slots": slots_over_time(trace, segment_length=16),
         "inspector": inspect_slots(trace, ablation, 64, lambda t: f"w{t}", segment_length=16),
         "reading": reading_over_text(trace, lambda t: f"w{t}", segment_length=16, marked=[50, 60]),
@@ -77,7 +77,7 @@ def test_themes_differ_where_they_should(open_sheet, address):
     """Ink on paper, both ways round: the first pixel of the axis' text is not the paper's colour."""
     seen = {}
     for scheme in ("light", "dark"):
-        figure = open_sheet(address, color_scheme=scheme).figure("gates")
+        figure = open_sheet(address, color_scheme=scheme).figure("strips")
         style = "f => { const s = getComputedStyle(f); return [s.color, s.backgroundColor]; }"
         seen[scheme] = figure.locator.evaluate(style)
     brightness = {k: [sum(map(int, c[4:-1].split(","))) for c in v] for k, v in seen.items()}
@@ -113,8 +113,8 @@ def test_keys(open_sheet, address, views, kind):
 
 
 def test_readout_and_tooltip_say_the_exact_value(open_sheet, address, views):
-    figure = open_sheet(address).figure("gates")
-    gate = views["gates"].arrays["gate"]
+    figure = open_sheet(address).figure("strips")
+    gate = views["strips"].arrays["lines"]
     figure.press("Home", *["ArrowRight"] * 7)
     assert f"= {gate[0, 7]:.4f}" in figure.readout and "token 7" in figure.readout
     place = figure.place(20, 1)
@@ -134,10 +134,10 @@ def test_click_moves_the_cursor(open_sheet, address):
 
 
 def test_next_opening_finds_a_gate_that_opens(open_sheet, address, views):
-    gate = views["gates"].arrays["gate"][0]
+    gate = views["strips"].arrays["lines"][0]
     openings = [t for t in range(1, len(gate)) if gate[t] >= 0.5 and gate[t - 1] < 0.5]
     assert openings, "the example must have one"
-    figure = open_sheet(address).figure("gates")
+    figure = open_sheet(address).figure("strips")
     figure.press("Home", "n")
     assert figure.time == openings[0]
     figure.locator.get_by_role("button", name="Next opening").click()
@@ -145,8 +145,8 @@ def test_next_opening_finds_a_gate_that_opens(open_sheet, address, views):
 
 
 def test_pin_compares_two_tokens(open_sheet, address, views):
-    gate = views["gates"].arrays["gate"][0]
-    figure = open_sheet(address).figure("gates")
+    gate = views["strips"].arrays["lines"][0]
+    figure = open_sheet(address).figure("strips")
     figure.press("Home", "p", "ArrowRight", "ArrowRight")
     change = gate[2] - gate[0]
     assert f"{'−' if change < 0 else '+'}{abs(change):.4f} against pinned token 0" in figure.readout
@@ -154,7 +154,7 @@ def test_pin_compares_two_tokens(open_sheet, address, views):
 
 def test_views_of_one_stream_are_linked(open_sheet, address):
     sheet = open_sheet(address)
-    gates, slots, reading, run = (sheet.figure(k) for k in ("gates", "slots", "reading", "training"))
+    gates, slots, reading, run = (sheet.figure(k) for k in ("strips", "slots", "reading", "training"))
     where = run.time
     gates.press("Home", "PageDown", "PageDown", "ArrowRight")
     assert (gates.time, slots.time, reading.time, run.time) == (33, 2, 33, where)
@@ -173,13 +173,13 @@ def test_choices_change_what_is_drawn(open_sheet, address):
 
 
 def test_numbers_are_there_without_the_picture(open_sheet, address, views):
-    figure = open_sheet(address).figure("gates")
+    figure = open_sheet(address).figure("strips")
     figure.locator.locator("summary").click()
     figure.press("Home")
     cells = figure.locator.locator("td").all_inner_texts()
-    assert f"{views['gates'].arrays['gate'][0, 0]:.4f}" in cells
-    assert views["gates"].summary in figure.locator.inner_text()
-    assert figure.canvas.get_attribute("aria-label").startswith("Gate values over 64 tokens")
+    assert f"{views['strips'].arrays['lines'][0, 0]:.4f}" in cells
+    assert views["strips"].summary in figure.locator.inner_text()
+    assert figure.canvas.get_attribute("aria-label").startswith("Gates over time: 64 tokens.")
 
 
 def test_play_runs_to_the_end_and_stays_quiet_meanwhile(open_sheet, address):

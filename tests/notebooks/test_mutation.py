@@ -36,6 +36,12 @@ MUTANTS = {
         "old.where(~rows, new) for old, new",
         "old for old, new",
     ),
+    "a slider's callback breaks": (
+        "00_start_here",
+        "lab/widgets/form.py",
+        "widget.observe(lambda _change: self.stage.show(self.view()),",
+        "widget.observe(lambda change: self.stage.show(self.view() if change.new != 8 else None),",
+    ),
     "attention sees the future": (
         "01_baseline_transformer",
         "nn/attention.py",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import html
 import io
 import json
 import re
@@ -86,6 +87,26 @@ def test_small(path, notebook):
     assert path.stat().st_size <= KILOBYTES * 1000
     long = [c.source for c in code_cells(notebook) if len(c.source.splitlines()) > LINES]
     assert not long, f"cells of more than {LINES} lines:\n{long[:1]}"
+
+
+def test_every_widget_is_driven(notebook):
+    """Near its end a notebook moves every control of every view it shows: nbval sees a broken callback."""
+    cells = code_cells(notebook)
+    source = "\n".join(cell.source for cell in cells)
+    kinds = "Form|watch|strips|gates_over_time|slots_over_time|inspect_slots|reading|reading_over_text"
+    shown = set(re.findall(rf"^(\w+) = (?:{kinds})\(", source, re.M))
+    (driven,) = re.findall(r"moved = drive\(([^)]*)\)", cells[-2].source)
+    assert shown and shown <= set(driven.split(", ")), shown
+    assert "moved >=" in cells[-1].source
+
+
+def test_pictures_have_words(notebook):
+    """What stays of a widget is a picture with a text, for a code host and for a screen reader."""
+    bundles = [o.data for c in code_cells(notebook) for o in c.outputs if "image/png" in o.get("data", {})]
+    assert bundles
+    for data in bundles:
+        assert len(data["text/plain"]) > 40
+        assert f'alt="{html.escape(data["text/plain"])}"' in data["text/html"]
 
 
 def test_installs_and_fetches_nothing(notebook):

@@ -1,9 +1,9 @@
 """Widgets: looks into a model that a person can move in. `view.py` says what a view is.
 
-gates_over_time    gate values over tokens
-slots_over_time    every slot of a memory, segment by segment
+gates_over_time    gate values over tokens; `strips` shows any numbers in 0 … 1 in the same shape
+slots_over_time    every slot of a memory, segment by segment; `slot_view`: numbers of one's own
 inspect_slots      one slot: its writers, its readers, and the answers without it
-reading            which earlier tokens a token's reading came from, over the text
+reading_over_text  which earlier tokens a token's reading came from; `reading`: any weights
 watch              a run as it trains; pause, step, stop
 Form               controls that build a view anew
 save_page          views as one HTML file
@@ -17,7 +17,8 @@ from memlib.lab.widgets.host import Stage
 from memlib.lab.widgets.inspector import inspect_slots
 from memlib.lab.widgets.page import page, save_page
 from memlib.lab.widgets.reading import reading, reading_over_text
-from memlib.lab.widgets.slots import slots_over_time
+from memlib.lab.widgets.slots import slot_view, slots_over_time
+from memlib.lab.widgets.strips import strips
 from memlib.lab.widgets.training import watch
 from memlib.lab.widgets.view import View
 
@@ -25,7 +26,9 @@ __all__ = [
     "View",
     "Stage",
     "gates_over_time",
+    "strips",
     "slots_over_time",
+    "slot_view",
     "inspect_slots",
     "reading",
     "reading_over_text",

@@ -77,9 +77,12 @@ def reading(
         f"{len(tokens)} tokens; {amount_label} from {amount.min():.2f} to {amount.max():.2f}, most at token "
         f"{strongest} “{tokens[strongest]}”."
     )
-    if weight[strongest, 0] > 0:
-        best = int(source[strongest, 0])
-        summary += f" It takes most from token {best} “{tokens[best]}” ({weight[strongest, 0]:.2f})."
+    for t in list(marked)[:4] or [strongest]:
+        best = int(source[t, 0])
+        if best >= 0:
+            summary += (
+                f" Token {t} “{tokens[t]}” takes most from {best} “{tokens[best]}” ({weight[t, 0]:.2f})."
+            )
     return View(
         kind="reading",
         title=title,

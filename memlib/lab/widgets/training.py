@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from memlib.training.trainer import Trainer
 
 HERTZ = 30  # pushes to the browser, at most
+UNKNOWN = -1.0  # of what has not been measured yet
 POINTS = 400  # of the curve in the browser; a longer run is thinned
 
 
@@ -164,14 +165,14 @@ def training_view(
     names = [n for n in kept[-1][1] if n not in ("loss", "grad_norm") and not n.startswith("lr_")]
     steps = np.array([step for step, _ in kept], dtype=np.int32)
     loss = np.array([record["loss"] for _, record in kept], dtype=np.float32)
-    parts = np.array([[record.get(n, 0.0) for _, record in kept] for n in names], dtype=np.float32)
+    parts = np.array([[record.get(n, UNKNOWN) for _, record in kept] for n in names], dtype=np.float32)
 
     def draw(axis: Any, _time: int) -> None:
         axis.plot(
             steps, loss / max(float(loss.max()), 1e-9), color=colour_of("loss"), label="loss (of its peak)"
         )
-        for name, line in zip(names, parts, strict=True):
-            axis.plot(steps, line, color=colour_of(name), label=name)
+        for i, (name, line) in enumerate(zip(names, parts, strict=True)):
+            axis.plot(steps[line >= 0], line[line >= 0], color=colour_of(name, i), label=name)
         axis.axhline(chance, color="black", linestyle=":", linewidth=1, label="chance")
         axis.set(xlabel="step", ylim=(-0.03, 1.05))
         axis.legend(frameon=False, ncols=2 + len(names), loc="lower right", bbox_to_anchor=(1, 1))

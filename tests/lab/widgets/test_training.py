@@ -75,7 +75,7 @@ def test_measures_are_in_the_curve():
     asyncio.run(run.finished())
     view = run.curves()
     assert view.words["names"] == ["accuracy", "half"] and view.words["state"] == "finished"
-    assert view.arrays["parts"][1].tolist() == [0, 0, 0] + [0.5] * 9
+    assert view.arrays["parts"][1].tolist() == [-1, -1, -1] + [0.5] * 9
     assert view.arrays["steps"].tolist() == list(range(1, 13))
 
 

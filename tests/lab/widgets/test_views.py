@@ -15,7 +15,17 @@ import pytest
 import torch
 
 from memlib import load_config, override, record
-from memlib.lab.widgets import Form, View, drive, gates_over_time, page, reading, save_page, slots_over_time
+from memlib.lab.widgets import (
+    Form,
+    View,
+    drive,
+    gates_over_time,
+    page,
+    reading,
+    save_page,
+    slots_over_time,
+    strips,
+)
 from memlib.lab.widgets.host import FRONT, front_end
 from memlib.lab.widgets.page import LIMIT, figure
 from memlib.lab.widgets.slots import slot_view
@@ -132,7 +142,7 @@ def test_static_face_is_a_picture_with_its_text(trace, monkeypatch):
 
 def test_summary_tells_the_picture(trace):
     gates = gates_over_time(trace, ["internal.writer.input"])
-    values = gates.arrays["gate"][0]
+    values = gates.arrays["lines"][0]
     assert f"from {values.min():.2f} to {values.max():.2f}" in gates.summary
     slots = slots_over_time(trace)
     life = np.maximum(slots.arrays["written"], slots.arrays["read"]).max(0)
@@ -159,6 +169,13 @@ def test_a_static_view_opens_without_torch(tmp_path, trace):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "x.html").stat().st_size > 10_000
+
+
+def test_strips_show_zero_to_one_only():
+    with pytest.raises(ValueError, match="numbers from 0 to 3; strips show 0 to 1"):
+        strips({"a": np.array([0, 3.0])}, ["x", "y"], "T")
+    with pytest.raises(ValueError, match="lines of 2 numbers and 1 words"):
+        strips({"a": np.array([0, 1.0])}, ["x"], "T")
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ const onColour = (x) => (x > 0.55 ? "#000" : "#fff"); // the ink that reads on r
 
 // One colour a role, the same in every picture of the lab.
 const ROLE = { input: "#0072b2", forget: "#d55e00", output: "#009e73", memory: "#0072b2", attention: "#7a7a7a",
-  written: "#0072b2", read: "#d55e00", loss: "#7a7a7a", accuracy: "#0072b2" };
+  written: "#0072b2", read: "#d55e00", loss: "#7a7a7a" };
 const SERIES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a7a7a", "#b58900"];
 const colourOf = (name, i) => ROLE[name] || SERIES[i % SERIES.length];
 
@@ -140,7 +140,8 @@ class Painter {
 
 // ------------------------------------------------------------------------------------------- the stage
 
-const bus = (globalThis.memlibBus ||= new EventTarget());
+// Jupyter loads this text once a widget: what the views of a page share must be the page's own.
+const shared = (globalThis.memlib ||= { bus: new EventTarget(), stages: 0 });
 
 function element(name, attributes = {}, ...children) {
   const node = document.createElement(name);
@@ -159,12 +160,11 @@ const icon = (name) => `<svg viewBox="0 0 16 16" width="14" height="14" aria-hid
   `<path d="${ICONS[name]}" fill="currentColor"/></svg>`;
 
 const calm = () => globalThis.matchMedia("(prefers-reduced-motion: reduce)").matches;
-let stages = 0;
 
 // Build a view inside `root`. Returns {show(frame), go(change), free()}; `tell(message)` hears of what a
 // person does: {type: "cursor", time, item, choice} and {type: "action", name}.
 function mount(root, firstFrame, tell = () => {}) {
-  const id = `memlib-${++stages}`;
+  const id = `memlib-${++shared.stages}`;
   const cursor = { time: 0, item: 0, pin: null, choice: {} };
   let frame, view, playing = null, queued = false, paints = 0, width = 0, painter = null, keyTime = 0;
 
@@ -266,7 +266,7 @@ function mount(root, firstFrame, tell = () => {}) {
     refresh();
     if (heard) return;
     if ("time" in change && frame.group) {
-      bus.dispatchEvent(new CustomEvent("cursor", { detail: { from: id, group: frame.group,
+      shared.bus.dispatchEvent(new CustomEvent("cursor", { detail: { from: id, group: frame.group,
         token: cursor.time * frame.tokens_per_time } }));
     }
     later();
@@ -399,7 +399,7 @@ function mount(root, firstFrame, tell = () => {}) {
   resized.observe(figure);
   retheme.observe(document.body, { attributes: true });
   dark.addEventListener("change", redraw);
-  bus.addEventListener("cursor", follow);
+  shared.bus.addEventListener("cursor", follow);
   return {
     show,
     go: (change) => set(change, { heard: true }),
@@ -409,7 +409,7 @@ function mount(root, firstFrame, tell = () => {}) {
       resized.disconnect();
       retheme.disconnect();
       dark.removeEventListener("change", redraw);
-      bus.removeEventListener("cursor", follow);
+      shared.bus.removeEventListener("cursor", follow);
     },
   };
 }

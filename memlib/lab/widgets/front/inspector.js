@@ -53,10 +53,10 @@ views.inspector = (frame) => {
     g.cells(left, strip, span, 20, slots.length, 1, (i) => use[i] / busiest);
     g.mark(left + (s * span) / slots.length, strip, Math.max(3, span / slots.length), 20);
     const steps = drift.shape[1], at = (i) => left + ((i + 0.5) * span) / steps;
-    g.text("stays itself", left - 8, strip + 42, { align: "right", colour: g.faint, size: 11 });
+    g.text("cosine after write", left - 8, strip + 42, { align: "right", colour: g.faint, size: 11 });
     for (let i = 0; i < steps; i++) {
       const kept = of(drift, s, i);
-      g.text(`segment ${i}: cosine ${brief(kept)}`, at(i), strip + 42, { align: "center", size: 11,
+      g.text(brief(kept), at(i), strip + 42, { align: "center", size: 11,
         colour: kept < 0.9 ? g.ink : g.faint, bold: kept < 0.9, room: span / steps - 4 });
     }
     if (!questions.length) return;

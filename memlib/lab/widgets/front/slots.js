@@ -57,7 +57,7 @@ views.slots = (frame) => {
     lastCursor = cursor;
     const show = cursor.choice.show, { slot, place } = order(cursor), t = cursor.time;
     g.legend(g.width - 4, 10, "0", brief(peak[show]), show);
-    g.text(used.length ? `${dying} of ${slots} slots were never written or read (×)` : "", 0, 10,
+    g.text(used.length && g.width > 520 ? `${dying} of ${slots} slots were never written or read (×)` : "", 0, 10,
       { size: 11, colour: g.faint });
     for (let b = 0; b < banks; b++) {
       const [x, y] = corner(b * each);

@@ -6,6 +6,7 @@ views.training = (frame) => {
   const last = Math.max(steps.data[n - 1], 1), peak = loss.data.reduce((a, b) => Math.max(a, b), 1e-9);
   const x = (i, from) => from + (steps.data[i] / last) * span;
   const part = (k, i) => parts.data[k * n + i];
+  const said = (k, i) => (part(k, i) < 0 ? "not yet measured" : exact(part(k, i)));
   function panel(g, from, label, high) {
     g.text(label, from, 10, { bold: true });
     for (const v of [0, 0.5, 1]) {
@@ -24,20 +25,20 @@ views.training = (frame) => {
     g.line(indices.map((i) => [x(i, left), top + (1 - loss.data[i] / peak) * tall]), colourOf("loss", 0), 2);
     if (chance) g.line([[second, top + (1 - chance) * tall], [second + span, top + (1 - chance) * tall]], g.ink, 1, [2, 3]);
     names.forEach((name, k) => {
-      const colour = colourOf(name, k);
-      g.line(indices.map((i) => [x(i, second), top + (1 - part(k, i)) * tall]), colour, 2);
-      const column = second + 130 + k * 110;
-      g.rect(column, 5, 10, 10, colour);
-      g.text(name, column + 14, 10, { size: 11, room: 92 });
+      const colour = colourOf(name, k), known = indices.filter((i) => part(k, i) >= 0);
+      g.line(known.map((i) => [x(i, second), top + (1 - part(k, i)) * tall]), colour, 2);
+      const column = second + (k * span) / names.length;
+      g.rect(column, top + tall + 24, 10, 10, colour);
+      g.text(name, column + 14, top + tall + 29, { size: 11, room: span / names.length - 16 });
     });
     for (const from of [left, second]) {
       g.line([[x(cursor.time, from), top], [x(cursor.time, from), top + tall]], g.ink, 1);
     }
   }
   const describe = (i) => `step ${steps.data[i]}: loss ${exact(loss.data[i])}` +
-    names.map((name, k) => `, ${name} ${exact(part(k, i))}`).join("") + ` (${state})`;
+    names.map((name, k) => `, ${name} ${said(k, i)}`).join("") + ` (${state})`;
   return {
-    height: () => top + tall + 24,
+    height: () => top + tall + 42,
     paint,
     describe,
     place: (i) => ({ x: x(i, left), y: top, width: 1, height: tall }),
@@ -51,7 +52,7 @@ views.training = (frame) => {
     },
     where: (i) => `step ${steps.data[i]} (${state})`,
     table: () => [["step", "loss", ...names], ...Array.from({ length: n }, (_, i) => n - 1 - i).slice(0, 30).map((i) =>
-      [steps.data[i], exact(loss.data[i]), ...names.map((_, k) => exact(part(k, i)))])],
+      [steps.data[i], exact(loss.data[i]), ...names.map((_, k) => said(k, i))])],
     actions: [
       { label: state === "paused" ? "Continue" : "Pause", run: () => ({ send: "pause" }) },
       { label: "One step", run: () => ({ send: "step" }) },

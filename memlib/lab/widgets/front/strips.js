@@ -1,7 +1,8 @@
-// Gate values over tokens: a colour strip and a line a gate, the text under the cursor.
-views.gates = (frame) => {
-  const { rows, tokens, segment_length: length } = frame.words, { data, step } = frame.arrays.gate;
-  const n = tokens.length, left = 120, right = 118, strip = 24, top = 22, chart = 120, ribbon = 30;
+// Numbers in 0 … 1 that go on together: a colour strip and a line each, the words under the cursor.
+views.strips = (frame) => {
+  const { rows, places, segment_length: length, gates } = frame.words, { data, step } = frame.arrays.lines;
+  const [low, high] = gates || [-1, 2]; // below low a gate is shut, above high it is open
+  const n = places.length, left = 120, right = 118, strip = 24, top = 22, chart = 120, ribbon = 30;
   let span = 1;
   const value = (row, t) => data[row * n + t];
   const x = (t) => left + ((t + 0.5) * span) / n;
@@ -9,16 +10,16 @@ views.gates = (frame) => {
   const share = (row, test) => {
     let count = 0;
     for (let t = 0; t < n; t++) count += test(value(row, t));
-    return Math.round((100 * count) / n);
+    return `${Math.round((100 * count) / n)} %`;
   };
-  const opened = rows.map((_, r) => share(r, (v) => v > 0.95)), shut = rows.map((_, r) => share(r, (v) => v < 0.05));
-  const state = (v) => (v > 0.95 ? ", open" : v < 0.05 ? ", shut" : "");
+  const saturation = rows.map((_, r) => `${share(r, (v) => v > high)} open, ${share(r, (v) => v < low)} shut`);
+  const state = (v) => (v > high ? ", open" : v < low ? ", shut" : "");
   const describe = (t, row, cursor) => {
     const now = value(row, t);
-    let text = `token ${t}, “${tokens[t]}”: ${rows[row]} = ${exact(now, step)}${state(now)}`;
+    let text = `${frame.unit} ${t}, “${places[t]}”: ${rows[row]} = ${exact(now, step)}${state(now)}`;
     if (cursor.pin !== null && cursor.pin !== t) {
       const change = now - value(row, cursor.pin);
-      text += `; ${change < 0 ? "−" : "+"}${Math.abs(change).toFixed(4)} against pinned token ${cursor.pin}`;
+      text += `; ${change < 0 ? "−" : "+"}${Math.abs(change).toFixed(4)} against pinned ${frame.unit} ${cursor.pin}`;
     }
     return text;
   };
@@ -31,19 +32,21 @@ views.gates = (frame) => {
 
   function paint(g, cursor) {
     span = g.width - left - right;
-    g.legend(g.width - 4, 10, "0", "1", "gate");
+    g.legend(g.width - 4, 10, "0", "1", gates ? "gate" : "");
     rows.forEach((label, r) => {
       const y = top + r * strip, chosen = r === cursor.item;
       g.cells(left, y, span, strip - 4, n, 1, (i) => value(r, i));
       g.text(label, left - 8, y + strip / 2 - 2, { align: "right", bold: chosen, room: left - 12 });
-      g.text(`${opened[r]} % open, ${shut[r]} % shut`, left + span + 8, y + strip / 2 - 2,
+      g.text(gates ? saturation[r] : exact(value(r, cursor.time), step), left + span + 8, y + strip / 2 - 2,
         { size: 11, colour: g.faint, room: right - 10 });
     });
     const y = (v) => lines + (1 - v) * chart;
-    g.ctx.globalAlpha = 0.35;
-    g.rect(left, y(1), span, chart * 0.05, g.rule);
-    g.rect(left, y(0.05), span, chart * 0.05, g.rule);
-    g.ctx.globalAlpha = 1;
+    if (gates) {
+      g.ctx.globalAlpha = 0.35;
+      g.rect(left, y(1), span, chart * (1 - high), g.rule);
+      g.rect(left, y(low), span, chart * low, g.rule);
+      g.ctx.globalAlpha = 1;
+    }
     for (const v of [0, 0.5, 1]) {
       g.text(String(v), left - 8, y(v), { align: "right", size: 11, colour: g.faint });
       g.line([[left, y(v)], [left + span, y(v)]], g.rule, 1);
@@ -65,7 +68,7 @@ views.gates = (frame) => {
     g.line([[x(cursor.time), top], [x(cursor.time), lines + chart]], g.ink, 1.5);
     const r = cursor.item, side = Math.max(3, span / n);
     g.mark(x(cursor.time) - side / 2, top + r * strip, side, strip - 4);
-    readAlong(g, tokens, cursor.time, left, lines + chart + 18, span);
+    readAlong(g, places, cursor.time, left, lines + chart + 18, span);
   }
 
   return {
@@ -79,13 +82,13 @@ views.gates = (frame) => {
       const row = Math.floor((py - top) / strip);
       return row < rows.length ? { time: t, item: row } : { time: t };
     },
-    where: (t) => `token ${t} of ${n - 1}` + (length ? `, segment ${Math.floor(t / length)}` : ""),
-    table: (cursor) => [["gate", "value", "state"], ...rows.map((label, r) =>
-      [label, exact(value(r, cursor.time), step), state(value(r, cursor.time)).slice(2) || "between"])],
+    where: (t) => `${frame.unit} ${t} of ${n - 1}` + (length ? `, segment ${Math.floor(t / length)}` : ""),
+    table: (cursor) => [["name", "value", "state"], ...rows.map((label, r) =>
+      [label, exact(value(r, cursor.time), step), state(value(r, cursor.time)).slice(2) || (gates ? "between" : "")])],
     actions: [
-      { label: "Next opening", key: "n", run: (cursor) => opening(cursor, 1) },
-      { label: "Previous opening", key: "b", run: (cursor) => opening(cursor, -1) },
-      { label: "Pin this token", key: "p", run: (cursor) => ({ pin: cursor.pin === cursor.time ? null : cursor.time }) },
+      { label: gates ? "Next opening" : "Next rise", key: "n", run: (cursor) => opening(cursor, 1) },
+      { label: gates ? "Previous opening" : "Previous rise", key: "b", run: (cursor) => opening(cursor, -1) },
+      { label: `Pin this ${frame.unit}`, key: "p", run: (cursor) => ({ pin: cursor.pin === cursor.time ? null : cursor.time }) },
     ],
   };
 };

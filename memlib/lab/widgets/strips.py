@@ -1,0 +1,77 @@
+"""Strips: numbers in 0 … 1 that go on together, a colour strip and a line each, with words underneath."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from memlib.lab.pictures import borders, colour_of
+from memlib.lab.widgets.view import View
+
+SHUT, OPEN = 0.05, 0.95
+
+
+def strips(
+    lines: Mapping[str, np.ndarray],
+    words: Sequence[str],
+    title: str,
+    unit: str = "step",
+    segment_length: int = 0,
+    group: str = "",
+    gates: bool = False,
+) -> View:
+    """lines: by name, each [n]; words: what stands at each of the n places; unit: what a place is.
+
+    gates: say where a line is shut (below 0.05) or open (above 0.95). Raises ValueError where a line
+    leaves 0 … 1 or the lengths differ.
+    """
+    values = np.stack([np.asarray(line, dtype=np.float32) for line in lines.values()])
+    if values.shape[1] != len(words):
+        raise ValueError(f"{title}: lines of {values.shape[1]} numbers and {len(words)} words")
+    if values.min() < -1e-4 or values.max() > 1 + 1e-4:
+        raise ValueError(f"{title}: numbers from {values.min():g} to {values.max():g}; strips show 0 to 1")
+
+    def draw(axis: Any, time: int) -> None:
+        for i, (label, line) in enumerate(zip(lines, values, strict=True)):
+            axis.plot(line, label=label, color=colour_of(label, i), drawstyle="steps-mid", linewidth=1.6)
+        borders(axis, len(words), segment_length)
+        if time:
+            axis.axvline(time, color="black", linewidth=1)
+        axis.set(xlabel=unit, ylim=(-0.05, 1.05))
+        if len(words) <= 24:
+            axis.set_xticks(range(len(words)), words, fontsize=8)
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(lines), frameon=False)
+
+    said = "; ".join(describe(label, line, gates) for label, line in zip(lines, values, strict=True))
+    return View(
+        kind="strips",
+        title=title,
+        summary=f"{title}: {len(words)} {unit}s. {said}.",
+        arrays={"lines": values},
+        draw=draw,
+        times=len(words),
+        items=len(lines),
+        unit=unit,
+        words={
+            "rows": list(lines),
+            "places": list(words),
+            "segment_length": segment_length,
+            "gates": [SHUT, OPEN] if gates else None,
+        },
+        group=group,
+        page=segment_length or 10,
+    )
+
+
+def describe(label: str, line: np.ndarray, gates: bool) -> str:
+    text = f"{label} from {line.min():.2f} to {line.max():.2f}"
+    if gates:
+        text += f", open at {percent(line > OPEN)}, shut at {percent(line < SHUT)}"
+    return text
+
+
+def percent(holds: np.ndarray) -> str:
+    """How often something holds, in whole per cent, halves up as the front end rounds."""
+    return f"{int(100 * holds.mean() + 0.5)} %"
