@@ -37,7 +37,8 @@ def views():
     return {
         "strips": gates_over_time(trace, word=lambda t: f"w{t}", segment_length=16),
         "slots": slots_over_time(trace, segment_length=16),
-        "inspector": inspect_slots(trace, ablation, 64, lambda t: f"w{t}", segment_length=16),
+        # Fewer words than the model has room for, as every task has.
+        "inspector": inspect_slots(trace, ablation, 50, lambda t: f"w{t}", segment_length=16),
         "reading": reading_over_text(trace, lambda t: f"w{t}", segment_length=16, marked=[50, 60]),
         "training": training_view(records, "finished", 0.06, True),
     }
@@ -122,6 +123,20 @@ def test_readout_and_tooltip_say_the_exact_value(open_sheet, address, views):
     tip = figure.locator.locator(".memlib-tip")
     assert tip.is_visible() and "token 20" in tip.inner_text() and f"{gate[1, 20]:.4f}" in tip.inner_text()
     assert figure.time == 7, "hovering looks and does not move"
+
+
+def test_inspector_says_what_the_ablation_found(open_sheet, address, views):
+    figure = open_sheet(address).figure("inspector")
+    arrays = views["inspector"].arrays
+    figure.press(*["ArrowUp"] * 12, *["ArrowDown"] * 5)
+    assert figure.item == 5
+    for name, choice in (("together", "all slots its writer filled"), ("alone", "this slot")):
+        figure.locator.locator('select[data-choice="without"]').select_option(choice)
+        for q, (token, answer) in enumerate(((50, 3), (60, 5))):
+            figure.locator.locator('select[data-choice="question"]').select_option(index=q)
+            goes = f"from {arrays['before'][q, answer]:.4f} to {arrays[name][5, q, answer]:.4f}"
+            assert f"Without {choice}, w{answer} after token {token}" in figure.readout
+            assert goes in figure.readout
 
 
 def test_click_moves_the_cursor(open_sheet, address):

@@ -37,7 +37,10 @@ def inspect_slots(
     layer: int = 0,
     segment_length: int = 0,
 ) -> View:
-    """One slot at a time, among those of the ablation (see `memlib.lab.ablation.ablate`)."""
+    """One slot at a time, among those of the ablation (see `memlib.lab.ablation.ablate`).
+
+    vocabulary: how many tokens the task has; a model may have room for more, which are left out.
+    """
     slots = ablation.slots
     written = write_strength(trace, memory, row, layer)[:, slots].T
     read = read_weight(trace, memory, row, layer)[:, slots].T
@@ -75,9 +78,9 @@ def inspect_slots(
             "written": written.astype(np.float32),
             "read": read.astype(np.float32),
             "drift": drift(trace, memory, row, layer)[slots].astype(np.float32),
-            "before": ablation.before,
-            "alone": ablation.alone,
-            "together": ablation.together,
+            "before": ablation.before[..., :vocabulary],
+            "alone": ablation.alone[..., :vocabulary],
+            "together": ablation.together[..., :vocabulary],
         },
         draw=draw,
         times=len(tokens),
