@@ -109,6 +109,17 @@ def test_pictures_have_words(notebook):
         assert f'alt="{html.escape(data["text/plain"])}"' in data["text/html"]
 
 
+def test_a_converted_page_keeps_picture_and_words(notebook):
+    from nbconvert import HTMLExporter
+
+    page, _ = HTMLExporter().from_notebook_node(notebook)
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            if "image/png" in output.get("data", {}):
+                assert f'<img alt="{html.escape(output.data["text/plain"])}" src="data:image/png' in page
+    assert "widget-view" not in page
+
+
 def test_installs_and_fetches_nothing(notebook):
     source = "\n".join(cell.source for cell in code_cells(notebook))
     assert not re.search(

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 from memlib.lab.measures import per_token
 from memlib.lab.trace import Trace
+from memlib.lab.widgets.frame import stream_group
 from memlib.lab.widgets.strips import strips
 from memlib.lab.widgets.text import words_of
-from memlib.lab.widgets.view import View, stream_group
+from memlib.lab.widgets.view import View
 
 
 def gates_over_time(

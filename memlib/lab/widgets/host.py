@@ -9,7 +9,7 @@ from typing import Any
 import anywidget
 import traitlets
 
-from memlib.lab.widgets.view import View, pack
+from memlib.lab.widgets.frame import Frame, pack
 
 FRONT = Path(__file__).parent / "front"
 
@@ -34,7 +34,7 @@ class Stage(anywidget.AnyWidget):
     _css = (FRONT / "stage.css").read_text(encoding="utf-8")
     frame = traitlets.Bytes().tag(sync=True)
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: Frame) -> None:
         self.movers: list[Callable[[Stage], None]] = []
         self.actions: dict[str, Callable[[], None]] = {}
         self.view, self.time, self.item = view, view.time, view.item
@@ -44,18 +44,18 @@ class Stage(anywidget.AnyWidget):
         # and the throttle of traits would wait for it forever.
         self.on_msg(lambda _widget, message, _buffers: self.hear(message))
 
-    def show(self, view: View) -> None:
+    def show(self, view: Frame) -> None:
         """Show another view in the same place."""
         self.adopt(view)
         self.frame = pack(view)
 
-    def push(self, view: View) -> None:
+    def push(self, view: Frame) -> None:
         """Show a view that grows, without keeping every version: what the browser cannot draw in time
         it drops."""
         self.adopt(view)
         self.send({"type": "push"}, buffers=[pack(view)])
 
-    def adopt(self, view: View) -> None:
+    def adopt(self, view: Frame) -> None:
         self.view = view
         self.time, self.item = min(self.time, view.times - 1), min(self.item, view.items - 1)
 

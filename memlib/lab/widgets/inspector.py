@@ -10,8 +10,9 @@ import numpy as np
 from memlib.lab.ablation import Ablation
 from memlib.lab.measures import read_weight, write_strength
 from memlib.lab.trace import Trace
+from memlib.lab.widgets.frame import stream_group
 from memlib.lab.widgets.text import words_of
-from memlib.lab.widgets.view import View, stream_group
+from memlib.lab.widgets.view import View
 
 
 def busiest_slots(

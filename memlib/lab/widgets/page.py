@@ -8,8 +8,8 @@ import os
 import zlib
 
 from memlib.files import write_text
+from memlib.lab.widgets.frame import Frame, pack
 from memlib.lab.widgets.host import FRONT, front_end
-from memlib.lab.widgets.view import View, pack
 
 LIMIT = 1_000_000
 PAGE = """<!doctype html>
@@ -35,7 +35,7 @@ body {{ margin: 16px auto; max-width: 1080px; padding: 0 12px; font-family: syst
 """
 
 
-def page(*views: View, title: str = "") -> str:
+def page(*views: Frame, title: str = "") -> str:
     """The views as the text of one HTML page; those of one group move together in it.
 
     A view that would take more than a megabyte is rounded to 65,535 even steps, then to 255; its numbers
@@ -52,7 +52,7 @@ def page(*views: View, title: str = "") -> str:
     )
 
 
-def figure(view: View) -> str:
+def figure(view: Frame) -> str:
     """A packed view, deflated, as text; in the finest precision that fits the limit."""
     for precision in ("f4", "u2", "u1"):
         text = base64.b64encode(zlib.compress(pack(view, precision), 9)).decode("ascii")
@@ -63,6 +63,6 @@ def figure(view: View) -> str:
     )
 
 
-def save_page(path: str | os.PathLike[str], *views: View, title: str = "") -> None:
+def save_page(path: str | os.PathLike[str], *views: Frame, title: str = "") -> None:
     """Write the views as one self-contained HTML file, atomically."""
     write_text(path, page(*views, title=title))

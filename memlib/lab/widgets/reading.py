@@ -9,8 +9,9 @@ import numpy as np
 
 from memlib.lab.measures import provenance
 from memlib.lab.trace import Trace
+from memlib.lab.widgets.frame import stream_group
 from memlib.lab.widgets.text import words_of
-from memlib.lab.widgets.view import View, stream_group
+from memlib.lab.widgets.view import View
 
 
 def reading_over_text(

@@ -8,7 +8,8 @@ import numpy as np
 
 from memlib.lab.measures import slot_life
 from memlib.lab.trace import Trace
-from memlib.lab.widgets.view import View, stream_group
+from memlib.lab.widgets.frame import stream_group
+from memlib.lab.widgets.view import View
 
 DEAD = 0.05  # a slot whose weight never exceeds this in any segment
 

@@ -1,151 +1,34 @@
-"""A view: one look into a model, as data, with three faces.
+"""A view: one look into a model, with three faces.
 
     view                      in a running lab: drawn live in the browser, and you can move in it
     view.picture(time=3)      a figure with its text: what stored notebooks and code hosts show
     save_page("x.html", view) one file that works from disk, without a kernel or a network
 
-All three come from the same frame: a few arrays, the words around them, and a summary for those who do
-not see the picture. A view is made from a recording and knows no model.
+All three come from the same frame. A view is made from a recording and knows no model.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import struct
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
-from memlib.lab.pictures import Picture, picture
-from memlib.lab.trace import Trace
+from memlib.lab.widgets.frame import Frame
+from memlib.lab.widgets.host import Stage
 
 FACES = "MEMLIB_FACES"  # "static" stores pictures only: `make notebooks` sets it
 
 
-@dataclass(frozen=True)
-class View:
-    """What the front end of its `kind` draws.
+class View(Frame):
+    """A frame that shows itself where it is the last line of a cell."""
 
-    times and items: how far the scrubber and the arrow keys go; unit: what one time is; choices: named
-    lists to choose from, the first one at the start; words: labels the front end needs, as JSON;
-    arrays: float32 or int32. Views of one `group` move together: a time is `tokens_per_time` tokens.
-    `draw(axis, time)` is the static face.
-    """
-
-    kind: str
-    title: str
-    summary: str
-    arrays: Mapping[str, np.ndarray]
-    draw: Callable[[Any, int], None]
-    times: int
-    items: int = 1
-    unit: str = "token"
-    words: Mapping[str, Any] = field(default_factory=dict)
-    choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    group: str = ""
-    tokens_per_time: int = 1
-    page: int = 10
-    time: int = 0
-    item: int = 0
-    follow: bool = False
-    size: tuple[float, float] = (8, 3)
-
-    def __post_init__(self) -> None:
-        if self.times < 1 or self.items < 1:
-            raise ValueError(
-                f"{self.title}: {self.times} times and {self.items} items; a view needs at least one of each"
-            )
-        for name, array in self.arrays.items():
-            if array.dtype not in (np.float32, np.int32):
-                raise ValueError(f"{self.title}: array {name} is {array.dtype}; use float32 or int32")
-            if not np.isfinite(array).all():
-                raise ValueError(f"{self.title}: array {name} holds numbers that are not finite")
-
-    def at(self, time: int | None = None, item: int | None = None) -> View:
-        """The same view, opened at another time or item."""
-        moved = replace(
-            self, time=self.time if time is None else time, item=self.item if item is None else item
-        )
-        moved.check(moved.time, moved.item)
-        return moved
-
-    def check(self, time: int, item: int = 0) -> None:
-        if not (0 <= time < self.times and 0 <= item < self.items):
-            raise IndexError(
-                f"{self.title}: {self.unit} {time}, item {item}; it has {self.unit}s 0 to {self.times - 1} "
-                f"and items 0 to {self.items - 1}"
-            )
-
-    def picture(self, time: int | None = None) -> Picture:
-        """The static face at a time: a PNG with its text."""
-        shown = self.time if time is None else time
-        self.check(shown)
-        return picture(lambda axis: self.draw(axis, shown), self.summary, self.size)
-
-    def live(self) -> Any:
+    def live(self) -> Stage:
         """The live face: a widget, to be kept where Python wants to move it or hear of its moves."""
-        from memlib.lab.widgets.host import Stage
-
         return Stage(self)
 
     def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        shown = self.picture()
-        data, metadata = shown._repr_mimebundle_()
+        data, metadata = self.picture()._repr_mimebundle_()
         if os.environ.get(FACES) == "static":
             return data, metadata
         # Without the HTML: an untrusted notebook opened again falls back on the picture.
         live, _ = self.live()._repr_mimebundle_(**options) or ({}, {})
         return {**live, "image/png": data["image/png"], "text/plain": data["text/plain"]}, metadata
-
-
-PLAIN = ["kind", "title", "summary", "times", "items", "unit", "group", "tokens_per_time", "page"]
-PLAIN += ["time", "item", "follow"]
-
-
-def pack(view: View, precision: str = "f4") -> bytes:
-    """A view as the front end reads it: length, JSON header, arrays.
-
-    precision: f4 keeps floats as they are; u2 and u1 round each array to 65,535 or 255 even steps.
-    """
-    entries, body = [], bytearray()
-    for name, array in view.arrays.items():
-        entry: dict[str, Any] = {"name": name, "shape": list(array.shape), "dtype": "i4"}
-        values = np.ascontiguousarray(array)
-        if array.dtype == np.float32:
-            entry["dtype"] = precision
-            if precision != "f4":
-                values, entry["low"], entry["step"] = rounded(values, precision)
-        body.extend(b"\0" * (-len(body) % 8))
-        entry["offset"] = len(body)
-        body.extend(values.tobytes())
-        entries.append(entry)
-    header = {name: getattr(view, name) for name in PLAIN} | {
-        "choices": {name: list(values) for name, values in view.choices.items()},
-        "words": dict(view.words),
-    }
-    # Offsets count from the file's start, so they depend on the header, which is padded to a size
-    # that does not depend on them.
-    room = len(json.dumps(header | {"arrays": entries})) + 24 * len(entries) + 8
-    start = 4 + room + (-(4 + room) % 8)
-    for entry in entries:
-        entry["offset"] += start
-    text = json.dumps(header | {"arrays": entries}).ljust(start - 4)
-    return struct.pack("<I", len(text)) + text.encode("ascii") + bytes(body)
-
-
-def rounded(values: np.ndarray, precision: str) -> tuple[np.ndarray, float, float]:
-    """values ~ low + step * q with whole q; returns q, low and step."""
-    low, high = float(values.min()), float(values.max())
-    steps = 65535 if precision == "u2" else 255
-    step = (high - low) / steps or 1.0
-    q = np.rint((values - low) / step)
-    return q.astype("<u2" if precision == "u2" else "u1"), low, step
-
-
-def stream_group(trace: Trace, row: int) -> str:
-    """One name for all views of the same stream, so that they move together."""
-    return f"stream-{zlib.crc32(trace['tokens'].at(batch=row).values.tobytes()):08x}"

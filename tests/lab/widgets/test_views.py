@@ -26,10 +26,11 @@ from memlib.lab.widgets import (
     slots_over_time,
     strips,
 )
+from memlib.lab.widgets.frame import pack
 from memlib.lab.widgets.host import FRONT, front_end
 from memlib.lab.widgets.page import LIMIT, figure
 from memlib.lab.widgets.slots import slot_view
-from memlib.lab.widgets.view import FACES, pack
+from memlib.lab.widgets.view import FACES
 from memlib.models import MemoryTransformer
 
 
