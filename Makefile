@@ -8,6 +8,13 @@ LAB_ARGS ?=
 PYTEST_ARGS ?=
 LOCK_ARGS ?=
 
+# The image: what builds and runs it, and what that needs to be told here.
+ENGINE ?= docker
+IMAGE ?= memlib$(if $(filter cuda,$(TORCH)),:cuda)
+BUILD_ARGS ?=
+RUN_ARGS ?=
+TEST_ARGS ?=
+
 ifeq ($(filter cpu cuda,$(TORCH)),)
 $(error TORCH=$(TORCH): the lock has two builds of torch, cpu and cuda; for example make env TORCH=cuda)
 endif
@@ -22,7 +29,7 @@ test test-fast notebooks: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test test-fast notebooks lint format types doctor docs docs-check table lock \
-	lock-check env browser extras clean
+	lock-check env browser extras image image-run image-test wheelhouse clean
 
 help: ## List what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -91,6 +98,27 @@ extras: .venv/.locked-extras ## Add what pretrained models need to .venv
 
 .venv/.locked-extras: $(ENV) environment/extras.txt
 	@bash environment/env.sh extras
+
+# Podman's own format has no health check.
+image: ## Build the lab's image; options: ENGINE=podman TORCH=cuda BUILD_ARGS="--build-arg …"
+	BUILDAH_FORMAT=docker $(ENGINE) build --build-arg TORCH=$(TORCH) $(BUILD_ARGS) -t $(IMAGE) .
+
+# The files in ./work stay their owner's; podman without root must be told that this is the same user.
+image-run: ## Run the lab from the image, its notebooks in ./work; options: RUN_ARGS="--gpus all"
+	@mkdir -p work
+	$(ENGINE) run --rm -p 127.0.0.1:8888:8888 -v "$(CURDIR)/work:/home/jovyan/work" \
+		--user "$$(id -u)" --group-add users \
+		$(if $(findstring podman,$(ENGINE)),$$(test "$$(id -u)" = 0 || echo --userns=keep-id)) \
+		$(RUN_ARGS) $(IMAGE) lab $(LAB_ARGS)
+
+image-test: ## Check the built image from outside; options: TEST_ARGS="--host-network -k token"
+	$(ANY_PYTHON) tests/image/check.py --engine $(ENGINE) --torch $(TORCH) $(TEST_ARGS) $(IMAGE)
+
+wheelhouse: $(ENV) ## Fetch the locked wheels, for an image built without a network (Linux only)
+	$(BIN)/python -m pip download --no-deps --require-hashes -d environment/wheelhouse \
+		-r environment/base.txt
+	$(BIN)/python -m pip download --no-deps --require-hashes -d environment/wheelhouse \
+		-r environment/torch-$(TORCH).txt
 
 clean: ## Remove .venv, caches and build leftovers
 	rm -rf .venv build dist *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,7 +20,8 @@ def one_address(record: logging.LogRecord) -> bool:
     return True
 
 
-c.ServerApp.root_dir = str(Path(__file__).resolve().parents[2])
+# The image's entry script sets MEMLIB_WORK: there the notebooks are a person's copies.
+c.ServerApp.root_dir = os.environ.get("MEMLIB_WORK") or str(Path(__file__).resolve().parents[2])
 c.ServerApp.ip = "127.0.0.1"
 c.ServerApp.allow_root = hasattr(os, "geteuid") and os.geteuid() == 0
 c.LabApp.default_url = "/lab/tree/notebooks/00_start_here.ipynb"
