@@ -78,6 +78,11 @@ def validate(config: Config) -> Config:
         )
     for kind in memory.kinds:
         getattr(memory, kind).check(model, f"memory.{kind}")
+        if getattr(memory, kind).in_attention and memory.fusion == "residual":
+            raise ConfigError(
+                f"memory.fusion = 'residual': memory.{kind} is set to take part in the attention, which "
+                "has no place in a residual branch; set fusion: softmax, or let it be fused"
+            )
     if memory.memory_block_variant == "B" and memory.fusion == "softmax":
         raise ConfigError(
             "memory.memory_block_variant = 'B': exists for memory.fusion: residual only; "
