@@ -25,6 +25,7 @@ from memlib.config.files import (
 from memlib.config.schema import (
     CopyConfig,
     ExternalMemoryConfig,
+    IndexConfig,
     InternalMemoryConfig,
     MemoryConfig,
     ModelConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "ConfigError",
     "CopyConfig",
     "ExternalMemoryConfig",
+    "IndexConfig",
     "InternalMemoryConfig",
     "MemoryConfig",
     "ModelConfig",

@@ -78,6 +78,22 @@ class InternalMemoryConfig(MemoryOptions):
 
 
 @dataclass(kw_only=True)
+class IndexConfig:
+    """How a store searches its keys; the state of a model that has no store is searched exactly."""
+
+    kind: Literal["flat", "ivf", "ivfpq", "hnsw"] = option(
+        "flat", "FAISS index; flat is exact, the others trade recall for time: memlib retrieval measures it"
+    )
+    exact_below: int = option(65_536, "with fewer keys in a stream, all are compared by torch: exact", 0)
+    ivf_lists_per_root: float = option(4.0, "ivf, ivfpq: lists = this x sqrt(keys)", 0.01)
+    ivf_probes: int = option(32, "ivf, ivfpq: lists looked into for a query", 1)
+    pq_bytes: int = option(16, "ivfpq: bytes of a stored key (at most; a divisor of its width)", 1)
+    hnsw_links: int = option(32, "hnsw: links of a key", 2)
+    hnsw_ef_construction: int = option(100, "hnsw: candidates looked at for a new key's links", 1)
+    hnsw_ef_search: int = option(128, "hnsw: candidates looked at for a query", 1)
+
+
+@dataclass(kw_only=True)
 class ExternalMemoryConfig(MemoryOptions):
     """Past tokens' key-value pairs, of which each token retrieves the nearest (spec A3)."""
 

@@ -247,10 +247,12 @@ class MemoryTransformer(nn.Module):
         Rows whose segment was all padding keep their state as it was.
         """
         states, awake = list(banks), mask.any(1)
+        all_awake = bool(awake.all())  # the usual case: spares a copy of every state
         for segment, layer in zip(hidden, self.bank_of_layer, strict=True):
             place = range(len(states))[self.bank_slice(layer)]
             for i, memory in zip(place, self.block(layer).kinds(), strict=True):
-                states[i] = memory.write(segment, states[i], mask).where(awake, states[i])
+                written = memory.write(segment, states[i], mask)
+                states[i] = written if all_awake else written.where(awake, states[i])
         return tuple(states)
 
     def close_memory(self) -> None:
