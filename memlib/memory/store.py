@@ -12,13 +12,14 @@ proposes candidates, what is newer than its last whole block is compared exactly
 ranked by their true scores. With chunk > 1 the mean of a chunk's keys is searched and whole chunks come
 back (LongMem); a chunk is found once it is complete.
 
-Nothing is saved until `save` (memlib.memory.storage).
+A store lives in memory; memlib.memory.storage saves it, and opens it with its rows still on disk.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +53,7 @@ class Store:
         self.streams: dict[int, Stream] = {}
         self.next_stream = 0
         self.encoders: list[Tensor] = []
+        self.saved: tuple[Path, dict[str, Any]] | None = None
 
     def new_stream(self) -> int:
         """The number of a stream that holds nothing yet."""

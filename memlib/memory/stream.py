@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -18,18 +18,21 @@ NEVER = torch.iinfo(torch.int64).max
 class Column:
     """Rows of one shape, appended at the end: [r ...].
 
-    mapped: rows that live in files and stay there (read-only, shared with other processes); what is
-    appended goes to a buffer that doubles when it is full, so that a row costs the same at any size.
+    What is appended goes to a buffer that doubles when it is full, so that a row costs the same at any
+    size.
     """
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, mapped: Sequence[Tensor] = ()) -> None:
-        self.mapped = list(mapped)
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.mapped: list[Tensor] = []
         self.buffer = torch.empty(0, *shape, dtype=dtype)
         self.filled = 0
-        self.first = sum(len(part) for part in self.mapped)
 
     def __len__(self) -> int:
-        return self.first + self.filled
+        return sum(len(part) for part in self.mapped) + self.filled
+
+    def map(self, rows: Sequence[Tensor]) -> None:
+        """Begin an empty column with rows that live in files and stay there, read-only."""
+        self.mapped = list(rows)
 
     @property
     def newest(self) -> Tensor:
@@ -100,6 +103,7 @@ class Stream:
     keys, values: [r h k]; means: a chunk's mean key [r/chunk h k], the keys themselves without chunks;
     serial: which token of the stream a row is; gone: the cursor from which it is evicted; retrieved:
     with what weight it came back; encoder: which of the store's encoders made its key. All [r].
+    parts: the files that hold the first rows, and how many each (memlib.memory.storage).
     """
 
     keys: Column
@@ -112,6 +116,7 @@ class Stream:
     length: int = 0
     forgotten: int = 0
     indexes: list[SearchIndex] = field(default_factory=list)
+    parts: list[dict[str, Any]] = field(default_factory=list)
 
     def visible(self, cursor: int) -> Tensor:
         """Which rows a reader at this cursor sees: [r]."""
