@@ -1,7 +1,6 @@
 """External memory: past tokens' key-value pairs, of which each token retrieves the k most similar.
 
-Axes: b batch, n tokens of a segment, c places of the memory, h heads, k head width, j hits that came
-back for a query, d hidden.
+Axes: b batch, n tokens of a segment, h heads, k head width, j hits that came back for a query, d hidden.
 
 After LongMem (Wang et al. 2023, arXiv 2306.07174) and Memorizing Transformers (Wu et al. 2022, arXiv
 2203.08913), spec A3. What differs, and why:
@@ -14,8 +13,10 @@ After LongMem (Wang et al. 2023, arXiv 2306.07174) and Memorizing Transformers (
   keys have their own projections, and no gradient reaches a stored key; docs/diary.md measures both.
 - **Stored pairs stay in the graph** for as long as training's `horizon` reaches. The papers detach
   always; `horizon: 1` is that.
-- **Every stream has its own memory** (LongMem's code has one for all rows of a batch), and it ends with
-  the stream: it is a value that goes in and comes out.
+- **Every stream has its own memory** (LongMem's code has one for all rows of a batch).
+
+The pairs are kept in the state, bounded and exactly searched, or in a `Store` that is attached
+(shelves.py); what is asked and filed is the same.
 
 Scores are `sharpness_h * cos(query, key)`, so that old keys keep their scale while the encoder moves.
 """
@@ -24,6 +25,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -33,25 +36,10 @@ from torch.nn import functional as F
 from memlib.config import ExternalMemoryConfig
 from memlib.memory.base import Memory, State
 from memlib.memory.gates import HeadGate
-from memlib.memory.search import exact_search
+from memlib.memory.shelves import Filing, Found, Shelf, StoreShelf, TensorShelf
+from memlib.memory.store import Store
+from memlib.memory.stream import Shape
 from memlib.nn.probe import Probe
-
-
-@dataclass(frozen=True)
-class ExternalState(State):
-    """What one layer has stored of its streams.
-
-    keys, values: [b h c k]; serial: [b c], which token of its stream stands in a place, -1 where none;
-    retrieved: [b c], the weight with which it has come back so far, kept where eviction needs it;
-    count: [b] tokens ever written; last: [b d], the newest of them, whose key the next one is filed under.
-    """
-
-    keys: Tensor
-    values: Tensor
-    serial: Tensor
-    retrieved: Tensor
-    count: Tensor
-    last: Tensor
 
 
 @dataclass(frozen=True)
@@ -97,6 +85,7 @@ class ExternalMemory(Memory):
         self.shift = nn.Parameter(torch.full((hidden_dim,), config.shift_init))
         self.sharpness = nn.Parameter(torch.full((h,), config.sharpness))
         self.v_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.shelf: Shelf = TensorShelf(config)
         self.in_attention = config.join != "fusion"
         if self.in_attention:
             self.gate = HeadGate(h, config.gate_init)
@@ -107,27 +96,30 @@ class ExternalMemory(Memory):
         self.score_probe = Probe("batch head token hit")
         self.source_probe = Probe("batch head token hit")
 
-    def init_state(self, batch_size: int) -> ExternalState:
-        b, c, h = batch_size, self.config.capacity, self.config.num_heads
-        weight = self.v_proj.weight
-        d = weight.shape[0]
-        return ExternalState(
-            keys=weight.new_zeros(b, h, c, d // h),
-            values=weight.new_zeros(b, h, c, d // h),
-            serial=torch.full((b, c), -1, device=weight.device),
-            retrieved=weight.new_zeros(b, c),
-            count=torch.zeros(b, dtype=torch.int64, device=weight.device),
-            last=weight.new_zeros(b, d),
-        )
+    def attach(self, store: Store | None) -> None:
+        """Keep what is filed in a store from here on; None: in the state, as a model begins.
 
-    def read(self, hidden: Tensor, state: ExternalState) -> Tensor:
+        States of before stay with what they were made for. Raises ValueError for a store of other sizes.
+        """
+        if store is None:
+            self.shelf = TensorShelf(self.config)
+            return
+        wanted = shape_for(self.config, self.v_proj.weight.shape[0], store.shape.dtype)
+        if store.shape != wanted:
+            raise ValueError(
+                f"the store is of {store.shape}, this memory of {wanted}: open the one made for it"
+            )
+        self.shelf = StoreShelf(self.config, store)
+
+    def init_state(self, batch_size: int) -> State:
+        return self.shelf.init_state(batch_size, self.v_proj.weight)
+
+    def read(self, hidden: Tensor, state: Any) -> Tensor:
         """join: fusion. y = (softmax(score) V) W_o over each token's hits; hidden: [b n d] -> [b n d]."""
         found = self.probed(self.recall(hidden, state))
         return self.o_proj(rearrange(found.mean, "b h n k -> b n (h k)"))
 
-    def mix(
-        self, hidden: Tensor, attended: Tensor, logsumexp: Callable[[], Tensor], state: ExternalState
-    ) -> Tensor:
+    def mix(self, hidden: Tensor, attended: Tensor, logsumexp: Callable[[], Tensor], state: Any) -> Tensor:
         """join: heads, joint. (1 - w) A + w M by head; attended: [b h n k], logsumexp: -> [b h n].
 
         The joint softmax is the same mixture: M's share of the sum of both, w = sigma(lse(hits) + b_h -
@@ -148,25 +140,15 @@ class ExternalMemory(Memory):
         """Unit vectors by head; features: [b n d] -> [b h n k]."""
         return F.normalize(rearrange(proj(features), "b n (h k) -> b h n k", h=self.config.num_heads), dim=-1)
 
-    def recall(self, hidden: Tensor, state: ExternalState) -> Recalled:
-        """The top_k stored tokens nearest to each token's query; hidden: [b n d]."""
-        place, score = self.search(hidden, state)
-        there = state_serial(state, place)
-        score = rearrange(self.sharpness, "h -> h 1 1") * score
-        score = score.masked_fill(there < 0, torch.finfo(score.dtype).min / 2)
-        index = repeat(place, "b h n j -> b h (n j) k", k=state.values.shape[-1])
-        values = rearrange(state.values.gather(2, index), "b h (n j) k -> b h n j k", n=hidden.shape[1])
-        return Recalled(score, there, values)
+    def recall(self, hidden: Tensor, state: Any) -> Recalled:
+        """The top_k pairs nearest to each token's query; hidden: [b n d]."""
+        return self.scored(self.shelf.find(self.address(self.query_address, hidden), state))
 
-    def search(self, hidden: Tensor, state: ExternalState) -> tuple[Tensor, Tensor]:
-        """place and cosine of each query's hits, best first: [b h n j]; j is top_k."""
-        # Places are taken up in order, so those beyond the fullest row are empty and not worth a look.
-        used = max(int((state.serial >= 0).sum(1).max()), self.config.top_k)
-        used = -(-used // self.config.chunk) * self.config.chunk
-        query = self.address(self.query_address, hidden)
-        score = einsum(query, state.keys[:, :, :used], "b h n k, b h c k -> b h n c")
-        place = exact_search(score.detach(), state.serial[:, :used], self.config.top_k, self.config.chunk)
-        return place, score.gather(-1, place)
+    def scored(self, found: Found) -> Recalled:
+        """Cosines as scores, each head with its own sharpness."""
+        score = rearrange(self.sharpness, "h -> h 1 1") * found.cosine
+        lowest = torch.finfo(score.dtype).min / 2  # finite: an empty memory must not give NaN
+        return Recalled(score.masked_fill(found.serial < 0, lowest), found.serial, found.values)
 
     def probed(self, found: Recalled) -> Recalled:
         """For recordings: which past token of the stream came back, its score, its weight."""
@@ -175,42 +157,29 @@ class ExternalMemory(Memory):
         self.weight_probe(found.weight)
         return found
 
-    def write(self, hidden: Tensor, state: ExternalState, mask: Tensor) -> ExternalState:
+    def write(self, hidden: Tensor, state: Any, mask: Tensor) -> State:
         hidden, valid = packed(hidden, mask)
         before = torch.cat((rearrange(state.last, "b d -> b 1 d"), hidden), 1)
-        keys = self.address(self.key_address, torch.lerp(hidden, before[:, :-1], self.shift))
-        values = rearrange(self.v_proj(hidden), "b n (h k) -> b h n k", h=self.config.num_heads)
-        added = valid.sum(1)
-        serial = rearrange(state.count, "b -> b 1") + torch.arange(hidden.shape[1], device=hidden.device)
-        if self.config.eviction == "least_retrieved":
-            retrieved = state.retrieved + self.came_back(hidden, state, valid)
-            place = least_retrieved(state.serial, retrieved, hidden.shape[1])
-        else:
-            retrieved, place = state.retrieved, serial % self.config.capacity
-        newest = repeat(added, "b -> b 1 d", d=hidden.shape[-1])
-        return ExternalState(
-            keys=put(keys, place, valid, state.keys),
-            values=put(values, place, valid, state.values),
-            serial=put(serial, place, valid, state.serial),
-            retrieved=put(torch.zeros_like(retrieved[:, :1]).expand_as(serial), place, valid, retrieved),
-            count=state.count + added,
+        newest = repeat(valid.sum(1), "b -> b 1 d", d=hidden.shape[-1])
+        new = Filing(
+            keys=self.address(self.key_address, torch.lerp(hidden, before[:, :-1], self.shift)),
+            values=rearrange(self.v_proj(hidden), "b n (h k) -> b h n k", h=self.config.num_heads),
+            valid=valid,
             last=rearrange(before.gather(1, newest), "b 1 d -> b d"),
         )
+        return self.shelf.file(new, state, partial(self.came_back, hidden, state, valid))
 
     @torch.no_grad()
-    def came_back(self, hidden: Tensor, state: ExternalState, valid: Tensor) -> Tensor:
-        """The weight with which each place came back for a segment's tokens: [b c]."""
-        place, _ = self.search(hidden, state)
-        weight = self.recall(hidden, state).weight * rearrange(valid, "b n -> b 1 n 1")
-        place, weight = (rearrange(t, "b h n j -> b (h n j)") for t in (place, weight))
-        return torch.zeros_like(state.retrieved).scatter_add(1, place, weight)
+    def came_back(self, hidden: Tensor, state: Any, valid: Tensor) -> tuple[Found, Tensor]:
+        """What a segment's tokens were given, and with which weights [b h n j]: eviction may ask."""
+        found = self.shelf.find(self.address(self.query_address, hidden), state)
+        return found, self.scored(found).weight * rearrange(valid, "b n -> b 1 n 1")
 
 
-def state_serial(state: ExternalState, place: Tensor) -> Tensor:
-    """Which token stands at each place; place: [b h n j] -> [b h n j]."""
-    _, h, n, _ = place.shape
-    found = state.serial.gather(1, rearrange(place, "b h n j -> b (h n j)"))
-    return rearrange(found, "b (h n j) -> b h n j", h=h, n=n)
+def shape_for(config: ExternalMemoryConfig, hidden_dim: int, dtype: str = "float32") -> Shape:
+    """The shape of a store for a memory of this configuration."""
+    h, k = config.num_heads, hidden_dim // config.num_heads
+    return Shape(h, k, k, config.capacity, config.eviction, config.chunk, dtype)
 
 
 def packed(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,27 +190,3 @@ def packed(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     valid = mask.gather(1, order)
     hidden = hidden.gather(1, repeat(order, "b n -> b n d", d=hidden.shape[-1]))
     return hidden * rearrange(valid, "b n -> b n 1"), valid
-
-
-def put(new: Tensor, place: Tensor, valid: Tensor, into: Tensor) -> Tensor:
-    """A copy of `into` with the valid new items at their places.
-
-    new: [b h n k] into [b h c k], or [b n] into [b c]; place, valid: [b n], the places distinct by row.
-    """
-    axis = into.ndim // 2
-    if into.ndim == 4:
-        h, k = into.shape[1], into.shape[3]
-        place, valid = (repeat(t, "b n -> b h n k", h=h, k=k) for t in (place, valid))
-    kept = torch.where(valid, new.to(into.dtype), into.gather(axis, place))
-    return into.scatter(axis, place, kept)
-
-
-def least_retrieved(serial: Tensor, retrieved: Tensor, n: int) -> Tensor:
-    """The n places to give up: free ones first, then those that came back least, of equals the oldest.
-
-    serial, retrieved: [b c] -> [b n].
-    """
-    free = serial < 0
-    by_age = torch.argsort(serial.masked_fill(free, -1), dim=1, stable=True)
-    weight = retrieved.masked_fill(free, -1.0).gather(1, by_age)
-    return by_age.gather(1, torch.argsort(weight, dim=1, stable=True))[:, :n]

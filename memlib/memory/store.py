@@ -246,12 +246,12 @@ class Store:
         score = einsum(query, keys, "h n k, h n j k -> h n j").masked_fill(place < 0, -torch.inf)
         return place.gather(-1, score.topk(min(top_k, place.shape[-1]), -1).indices)
 
-    def weights(self, number: int, cursor: int, hits: Hits, weight: Tensor) -> Tensor:
-        """The weight with which each row came back, for `append`; weight: [h n j] -> [r]."""
+    def weights(self, number: int, cursor: int, serial: Tensor, weight: Tensor) -> Tensor:
+        """The weight with which each row came back, for `append`; serial, weight: [h n j] -> [r]."""
         stream = self.at(number, cursor)
-        place = torch.searchsorted(stream.serial.newest, hits.serial.clamp(min=0).flatten())
+        place = torch.searchsorted(stream.serial.newest, serial.clamp(min=0).flatten())
         total = torch.zeros(len(stream.serial), dtype=torch.float64)
-        there = (weight * (hits.serial >= 0)).flatten().double()
+        there = (weight * (serial >= 0)).flatten().double()
         return total.index_add_(0, place, there) if len(total) else total
 
     def note_encoder(self, sketch: Tensor) -> None:

@@ -119,7 +119,7 @@ def test_the_oldest_make_room(exact_below):
 def test_the_least_retrieved_make_room():
     made, keys, values = filled(4, capacity=4, eviction="least_retrieved")
     found = made.search(0, 4, keys[:, [0, 2]], 1)
-    came_back = made.weights(0, 4, found, torch.ones(H, 2, 1))
+    came_back = made.weights(0, 4, found.serial, torch.ones(H, 2, 1))
     assert came_back.tolist() == [H, 0, H, 0]
     made.append(0, 4, items(1, seed=5), items(1, seed=6, dim=V), came_back)
     assert sorted(set(made.search(0, 5, keys, 4).serial.flatten().tolist())) == [0, 2, 3, 4]
@@ -207,7 +207,7 @@ def test_the_store_does_what_plain_lists_do(steps, capacity, eviction, seed):
                 want = plain.best(rows[stream], query[0, n], 3)
                 assert found.serial[0, n].tolist() == want + [-1] * (3 - len(want))
             weight = torch.rand(1, 2, 3, generator=draw).double()
-            retrieved = made.weights(number, cursor, found, weight)
+            retrieved = made.weights(number, cursor, found.serial, weight)
             for serial, w in zip(found.serial.flatten().tolist(), weight.flatten().tolist(), strict=True):
                 totals[serial] = totals.get(serial, 0.0) + w
         keys = F.normalize(torch.randn(1, m, K, generator=draw), dim=-1)
