@@ -35,6 +35,11 @@ class MemoryOptions:
         """Whether it takes part in the layer's attention instead of being fused after it."""
         return False
 
+    @property
+    def every(self) -> int:
+        """Of the memory layers, each n-th one has it."""
+        return 1
+
     def check(self, model: ModelConfig, path: str) -> None:
         """Refuse combinations of this memory's options that cannot work, with a ConfigError."""
 
@@ -100,6 +105,7 @@ class ExternalMemoryConfig(MemoryOptions):
     num_heads: int = option(4, "heads of the memory's attention; each searches its own keys", 1)
     capacity: int = option(4096, "tokens kept of each stream; beyond it, eviction", 1)
     top_k: int = option(32, "tokens that come back for each query and head", 1)
+    retrieval_every: int = option(1, "of the memory layers, each n-th one has it: with 6 the 6th, 12th, …", 1)
     join: Literal["fusion", "heads", "joint"] = option(
         "fusion",
         "how what came back meets the window's attention. fusion: by the block's gating network; "
@@ -119,9 +125,15 @@ class ExternalMemoryConfig(MemoryOptions):
         0.0, "heads: the gate's initial logit; joint: what is added to the hits' scores"
     )
 
+    index: IndexConfig = option(IndexConfig, "how an attached store searches")
+
     @property
     def in_attention(self) -> bool:
         return self.join != "fusion"
+
+    @property
+    def every(self) -> int:
+        return self.retrieval_every
 
     def check(self, model: ModelConfig, path: str) -> None:
         if model.hidden_dim % self.num_heads:

@@ -16,7 +16,7 @@ TIE = 1e-4  # of two items whose scores differ by less, the newer comes first
 def exact_search(score: Tensor, serial: Tensor, top_k: int, chunk: int = 1) -> Tensor:
     """The places of each query's top_k items, best first.
 
-    score: [b h n c]; serial: [b c], -1 where a place is empty -> [b h n top_k]. Empty places come last.
+    score: [b h n c]; serial: [b c], -1 where a place is empty -> [b h n top_k], -1 where there are fewer.
 
     Equal scores are common (a token that came twice has one key twice), so the order among them must
     not hang on the last bit of a product: newer items get up to `TIE` more.
@@ -33,8 +33,13 @@ def exact_search(score: Tensor, serial: Tensor, top_k: int, chunk: int = 1) -> T
         in_order = members[..., :1] + torch.arange(chunk, device=serial.device)
         hidden = (members < 0).any(-1) | (members != in_order).any(-1)
     score = score.masked_fill(rearrange(hidden, "b c -> b 1 1 c"), -torch.inf)
-    place = score.topk(top_k // chunk, -1).indices
-    if chunk > 1:
-        first = repeat(place * chunk, "b h n c -> b h n (c m)", m=chunk)
-        place = first + torch.arange(chunk, device=serial.device).repeat(place.shape[-1])
-    return place
+    best = score.topk(top_k // chunk, -1)
+    place = torch.where(best.values.isneginf(), -1, best.indices)
+    return place if chunk == 1 else chunk_places(place, chunk)
+
+
+def chunk_places(place: Tensor, chunk: int) -> Tensor:
+    """The places inside each chunk, one after another, -1 for none: [... c] -> [... c*chunk]."""
+    inside = torch.arange(chunk, device=place.device).repeat(place.shape[-1])
+    first = repeat(place, "... c -> ... (c m)", m=chunk)
+    return torch.where(first < 0, -1, first * chunk + inside)

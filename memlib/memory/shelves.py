@@ -99,11 +99,13 @@ class TensorShelf:
         used = -(-used // chunk) * chunk
         cosine = einsum(query, state.keys[:, :, :used], "b h n k, b h c k -> b h n c")
         place = exact_search(cosine.detach(), state.serial[:, :used], top_k, chunk)
+        none, place = place < 0, place.clamp(min=0)
         serial = state.serial.gather(1, rearrange(place, "b h n j -> b (h n j)"))
+        serial = rearrange(serial, "b (h n j) -> b h n j", h=query.shape[1], n=n)
         index = repeat(place, "b h n j -> b h (n j) k", k=state.values.shape[-1])
         return Found(
             cosine=cosine.gather(-1, place),
-            serial=rearrange(serial, "b (h n j) -> b h n j", h=query.shape[1], n=n),
+            serial=serial.masked_fill(none, -1),
             values=rearrange(state.values.gather(2, index), "b h (n j) k -> b h n j k", n=n),
             place=place,
         )

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from memlib.config import IndexConfig
 from memlib.memory.index import BLOCK, SearchIndex
-from memlib.memory.search import exact_search
+from memlib.memory.search import chunk_places, exact_search
 from memlib.memory.stream import NEVER, Column, Shape, Stream
 
 
@@ -180,11 +180,7 @@ class Store:
         query = query.to(stream.keys.buffer.dtype)
         place = self.nearest(stream, cursor, query, top_k // c)
         place = F.pad(place, (0, top_k // c - place.shape[-1]), value=-1)
-        if c > 1:
-            inside = torch.arange(c).repeat(top_k // c)
-            place = repeat(place, "h n j -> h n (j c)", c=c)
-            place = torch.where(place < 0, -1, place * c + inside)
-        return self.hits(stream, place)
+        return self.hits(stream, place if c == 1 else chunk_places(place, c))
 
     def hits(self, stream: Stream, place: Tensor) -> Hits:
         """Serials, keys and values of places: [h n j], -1 for none."""
@@ -225,7 +221,7 @@ class Store:
             return torch.full((*query.shape[:2], 0), -1)
         place = exact_search(rearrange(score, "h n r -> 1 h n r"), rearrange(serial, "r -> 1 r"), found)
         place = rearrange(place, "1 h n j -> h n j")
-        return torch.where(seen[first:][place], place + first, -1)
+        return torch.where(place < 0, -1, place + first)
 
     def nearest_by_index(self, stream: Stream, seen: Tensor, query: Tensor, top_k: int) -> Tensor:
         """The nearest of what an index for each head proposes and of the rows it does not cover yet."""
