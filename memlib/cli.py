@@ -61,9 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=evaluate)
 
     command = commands.add_parser("table", help="train and measure one of the README's tables")
-    command.add_argument("name", choices=["recall", "rewrite"])
+    command.add_argument("name", choices=["recall", "rewrite", "passkey"])
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    command.add_argument("--segments", type=int, nargs="+", default=[4, 6, 32])
+    command.add_argument("--segments", type=int, nargs="+", help="default: the lengths of the stored table")
     command.add_argument("--out", type=Path, default=Path("runs"), help="finished runs in it are reused")
     command.add_argument("--json", type=Path, help="default: OUT/NAME.json")
     command.set_defaults(run=table)
@@ -128,6 +128,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def table(arguments: argparse.Namespace) -> int:
     from memlib.training.comparison import (
+        LENGTHS,
         compare,
         named_comparison,
         summary,
@@ -136,7 +137,8 @@ def table(arguments: argparse.Namespace) -> int:
     )
 
     configs = named_comparison(arguments.name)
-    results = compare(configs, arguments.seeds, arguments.segments, arguments.out)
+    segments = arguments.segments or LENGTHS.get(arguments.name, [4, 6, 32])
+    results = compare(configs, arguments.seeds, segments, arguments.out)
     target = arguments.json or arguments.out / f"{arguments.name}.json"
     write_json(results, target)
     print(f"{to_markdown(results)}\n\n{summary(results)}")
