@@ -48,21 +48,26 @@ class SearchIndex:
         for start in range(self.size, end, BLOCK):
             self.faiss.add(rows(start, start + BLOCK))
 
-    def search(self, query: np.ndarray, k: int, visible: np.ndarray | None = None) -> np.ndarray:
-        """Places of the k best of each query among the covered, -1 where there are fewer: [n k].
+    def search(
+        self, query: np.ndarray, k: int, visible: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and places of the k best of each query among the covered, -1 for none: [n k] each.
 
         query: [n k] float32; visible: [size] bool, the places that may come back, or None for all.
         """
-        faiss = library()
         selector = None if visible is None else select(visible)
+        return self.faiss.search(query, k, params=self.parameters(k, selector))
+
+    def parameters(self, k: int, selector: Any = None) -> Any:
+        """How FAISS is to search for the k best."""
+        faiss = library()
         if self.config.kind == "hnsw":
-            parameters = faiss.SearchParametersHNSW(efSearch=max(self.config.hnsw_ef_search, k), sel=selector)
-        elif self.config.kind in ("ivf", "ivfpq"):
-            kind = faiss.IVFPQSearchParameters if self.config.kind == "ivfpq" else faiss.SearchParametersIVF
-            parameters = kind(nprobe=self.config.ivf_probes, sel=selector)
-        else:
-            parameters = faiss.SearchParameters(sel=selector)
-        return self.faiss.search(query, k, params=parameters)[1]
+            return faiss.SearchParametersHNSW(efSearch=max(self.config.hnsw_ef_search, k), sel=selector)
+        if self.config.kind == "ivf":
+            return faiss.SearchParametersIVF(nprobe=self.config.ivf_probes, sel=selector)
+        if self.config.kind == "ivfpq":
+            return faiss.IVFPQSearchParameters(nprobe=self.config.ivf_probes, sel=selector)
+        return faiss.SearchParameters(sel=selector)
 
     def to_bytes(self) -> np.ndarray:
         """The index as bytes, for a file."""

@@ -25,14 +25,15 @@ def exact_search(score: Tensor, serial: Tensor, top_k: int, chunk: int = 1) -> T
     score of their mean key (LongMem); a chunk whose tokens are not all there, in order, is left out.
     """
     newness = (serial + 1) / (serial.amax(1, keepdim=True) + 1).clamp(min=1)
-    score = score + TIE * rearrange(newness, "b c -> b 1 1 c").to(score.dtype)
     hidden = serial < 0
     if chunk > 1:
         score = reduce(score, "b h n (c m) -> b h n c", "mean", m=chunk)
+        newness = reduce(newness, "b (c m) -> b c", "mean", m=chunk)
         members = rearrange(serial, "b (c m) -> b c m", m=chunk)
         in_order = members[..., :1] + torch.arange(chunk, device=serial.device)
         hidden = (members < 0).any(-1) | (members != in_order).any(-1)
-    score = score.masked_fill(rearrange(hidden, "b c -> b 1 1 c"), -torch.inf)
+    bonus = (TIE * newness).to(score.dtype).masked_fill(hidden, -torch.inf)
+    score = score + rearrange(bonus, "b c -> b 1 1 c")
     best = score.topk(top_k // chunk, -1)
     place = torch.where(best.values.isneginf(), -1, best.indices)
     return place if chunk == 1 else chunk_places(place, chunk)

@@ -84,6 +84,7 @@ def open_store(folder: str | os.PathLike[str], index: IndexConfig | None = None)
             getattr(stream, column).map(mapped)
         for column in TABLES:
             getattr(stream, column).append(table.get(f"{key}.{column}", torch.empty(0)))
+        stream.evicted = int((~stream.live).sum())
         if asdict(store.index) == manifest["index"]:
             stream.indexes = saved_indexes(store, table, key, entry["trained_on"])
     store.saved = (source, manifest)

@@ -133,6 +133,7 @@ class Store:
         if self.shape.eviction == "least_retrieved":
             old = old[torch.argsort(stream.retrieved.newest[old], stable=True)]
         stream.gone.newest[torch.cat((old, live[len(old) :]))[:excess]] = stream.length
+        stream.evicted += excess
         if len(stream.serial) > 2 * (len(live) - excess):
             self.drop_gone(stream)
 
@@ -152,6 +153,7 @@ class Store:
         copy = self.copied(stream, torch.nonzero(stream.serial.newest < cursor).flatten())
         copy.length = cursor
         copy.gone.newest[copy.gone.newest > cursor] = NEVER
+        copy.evicted = int((~copy.live).sum())
         self.streams[number] = copy
         return number, copy
 
@@ -164,6 +166,7 @@ class Store:
         for name in ("serial", "gone", "retrieved", "encoder"):
             getattr(copy, name).append(getattr(stream, name).newest[places])
         copy.length, copy.forgotten = stream.length, stream.forgotten
+        copy.evicted = int((~copy.live).sum())
         self.complete_chunks(copy)
         return copy
 
@@ -201,46 +204,55 @@ class Store:
         """Places among the searched rows (chunks) of the nearest ones, -1 for none: [h n j]."""
         rows, c = len(stream.means), self.shape.chunk
         seen = stream.visible(cursor)
-        if c > 1:
+        if c > 1 and seen is not None:
             seen = reduce(seen[: rows * c], "(r c) -> r", "all", c=c)
         if rows < max(self.index.exact_below, BLOCK):
-            return self.nearest_exactly(stream, seen, query, top_k)
+            return self.nearest_exactly(stream, seen, query, top_k)[1]
         return self.nearest_by_index(stream, seen, query, top_k)
 
     def nearest_exactly(
-        self, stream: Stream, seen: Tensor, query: Tensor, top_k: int, first: int = 0
-    ) -> Tensor:
-        """The nearest among the rows from place `first` on, by comparing all of them."""
+        self, stream: Stream, seen: Tensor | None, query: Tensor, top_k: int, first: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and places of the nearest rows from place `first` on, by comparing all of them."""
         pieces = stream.means.pieces() if not first else [stream.means.rows(first, len(stream.means))]
         scores = [einsum(query, piece, "h n k, r h k -> h n r") for piece in pieces]
         score = torch.cat([query.new_zeros(*query.shape[:2], 0), *scores], -1)
         serial = stream.serial.newest[:: self.shape.chunk][first : first + score.shape[-1]]
-        serial = torch.where(seen[first:], serial, -1)
-        found = min(top_k, len(serial))
-        if not found:
-            return torch.full((*query.shape[:2], 0), -1)
-        place = exact_search(rearrange(score, "h n r -> 1 h n r"), rearrange(serial, "r -> 1 r"), found)
-        place = rearrange(place, "1 h n j -> h n j")
-        return torch.where(place < 0, -1, place + first)
+        if seen is not None:
+            serial = torch.where(seen[first:], serial, -1)
+        if not len(serial):
+            return score, score.long()
+        score, serial = rearrange(score, "h n r -> 1 h n r"), rearrange(serial, "r -> 1 r")
+        place = exact_search(score, serial, min(top_k, serial.shape[1]))
+        score = score.gather(-1, place.clamp(min=0)).masked_fill(place < 0, -torch.inf)
+        return score[0], torch.where(place < 0, -1, place + first)[0]
 
-    def nearest_by_index(self, stream: Stream, seen: Tensor, query: Tensor, top_k: int) -> Tensor:
+    def nearest_by_index(self, stream: Stream, seen: Tensor | None, query: Tensor, top_k: int) -> Tensor:
         """The nearest of what an index for each head proposes and of the rows it does not cover yet."""
-        heads, k = self.shape.heads, self.shape.key_dim
         if not stream.indexes:
-            stream.indexes = [SearchIndex(self.index, k) for _ in range(heads)]
+            stream.indexes = [SearchIndex(self.index, self.shape.key_dim) for _ in range(self.shape.heads)]
         proposed = []
         for head, index in enumerate(stream.indexes):
             index.cover(len(stream.means), partial(head_rows, stream.means, head))
-            mask = seen[: index.size].numpy()
-            found = index.search(query[head].float().numpy(), top_k, None if mask.all() else mask)
-            proposed.append(torch.from_numpy(found))
+            mask = None if seen is None else seen[: index.size].numpy()
+            proposed.append(index.search(query[head].float().numpy(), top_k, mask))
+        score, place = (torch.from_numpy(np.stack(part)) for part in zip(*proposed, strict=True))
+        if self.index.kind == "ivfpq":  # its scores are of compressed keys
+            score = self.true_scores(stream, query, place)
         covered = stream.indexes[0].size
-        rest = self.nearest_exactly(stream, seen, query, top_k, covered)
-        place = torch.cat((torch.stack(proposed), rest), -1)
-        flat = rearrange(place.clamp(min=0), "h n j -> h (n j)")
-        keys = rearrange(stream.means.take(flat), "h (n j) k -> h n j k", n=query.shape[1])
-        score = einsum(query, keys, "h n k, h n j k -> h n j").masked_fill(place < 0, -torch.inf)
-        return place.gather(-1, score.topk(min(top_k, place.shape[-1]), -1).indices)
+        if covered < len(stream.means):
+            newer_score, newer = self.nearest_exactly(stream, seen, query, top_k, covered)
+            score, place = torch.cat((score.to(newer_score), newer_score), -1), torch.cat((place, newer), -1)
+        elif self.index.kind != "ivfpq":
+            return place
+        score = score.masked_fill(place < 0, -torch.inf)
+        return place.gather(-1, score.topk(top_k, -1).indices)
+
+    def true_scores(self, stream: Stream, query: Tensor, place: Tensor) -> Tensor:
+        """Inner products of queries and the rows at places: [h n k], [h n j] -> [h n j]."""
+        keys = stream.means.take(rearrange(place.clamp(min=0), "h n j -> h (n j)"))
+        keys = rearrange(keys, "h (n j) k -> h n j k", n=query.shape[1])
+        return einsum(query, keys, "h n k, h n j k -> h n j")
 
     def weights(self, number: int, cursor: int, serial: Tensor, weight: Tensor) -> Tensor:
         """The weight with which each row came back, for `append`; serial, weight: [h n j] -> [r]."""

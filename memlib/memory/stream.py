@@ -67,16 +67,17 @@ class Column:
 
     def take(self, place: Tensor) -> Tensor:
         """Head h's part of the rows it asks for; of rows [h k], place: [h x] -> [h x k]."""
-        head = rearrange(torch.arange(len(place)), "h -> h 1").expand_as(place)
-        pieces = list(self.pieces())
-        if len(pieces) == 1:
-            return pieces[0][place, head]
-        found, first = self.buffer.new_zeros(*place.shape, self.buffer.shape[-1]), 0
+        heads = rearrange(torch.arange(len(place)), "h -> h 1")
+        pieces, found, first = list(self.pieces()), None, 0
         for piece in pieces:
-            here = (place >= first) & (place < first + len(piece))
-            found[here] = piece[place[here] - first, head[here]]
+            inside = place - first if len(pieces) == 1 else (place - first).clamp(0, len(piece) - 1)
+            lines = rearrange(inside * len(place) + heads, "h x -> (h x)")
+            part = rearrange(piece, "r h k -> (r h) k").index_select(0, lines)
+            part = rearrange(part, "(h x) k -> h x k", h=len(place))
+            here = rearrange(place >= first, "h x -> h x 1")
+            found = part if found is None else torch.where(here, part, found)
             first += len(piece)
-        return found
+        return self.buffer.new_zeros(*place.shape, self.buffer.shape[-1]) if found is None else found
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ class Shape:
 
 @dataclass
 class Stream:
-    """One stream's rows. `length` counts all that were ever written, `forgotten` is the oldest cursor
-    that can still be read.
+    """One stream's rows. `length` counts all that were ever written, `evicted` those of the rows here that
+    are gone; `forgotten` is the oldest cursor that can still be read.
 
     keys, values: [r h k]; means: a chunk's mean key [r/chunk h k], the keys themselves without chunks;
     serial: which token of the stream a row is; gone: the cursor from which it is evicted; retrieved:
@@ -115,11 +116,14 @@ class Stream:
     encoder: Column = field(default_factory=lambda: Column((), torch.int64))
     length: int = 0
     forgotten: int = 0
+    evicted: int = 0
     indexes: list[SearchIndex] = field(default_factory=list)
     parts: list[dict[str, Any]] = field(default_factory=list)
 
-    def visible(self, cursor: int) -> Tensor:
-        """Which rows a reader at this cursor sees: [r]."""
+    def visible(self, cursor: int) -> Tensor | None:
+        """Which rows a reader at this cursor sees: [r], or None for all."""
+        if cursor == self.length and not self.evicted:
+            return None
         return (self.serial.newest < cursor) & (self.gone.newest > cursor)
 
     @property

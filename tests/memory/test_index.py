@@ -54,13 +54,15 @@ def test_chunks_come_back_whole_by_their_mean_score_when_all_their_tokens_are_th
 def test_the_flat_index_is_exact():
     stored, query = vectors(3 * BLOCK), vectors(40, seed=1)
     want = np.argsort(-(query @ stored.T), axis=1)[:, :10]
-    np.testing.assert_array_equal(built("flat", stored).search(query, 10), want)
+    score, place = built("flat", stored).search(query, 10)
+    np.testing.assert_array_equal(place, want)
+    np.testing.assert_allclose(score, np.take_along_axis(query @ stored.T, want, 1), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "least"), [("ivf", 0.9), ("ivfpq", 0.3), ("hnsw", 0.95)])
 def test_approximate_indexes_find_most_of_the_true_neighbours(kind, least):
     stored, query = vectors(4 * BLOCK), vectors(50, seed=1)
-    want, got = (built(k, stored).search(query, 10) for k in ("flat", kind))
+    want, got = (built(k, stored).search(query, 10)[1] for k in ("flat", kind))
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(want, got, strict=True)])
     assert recall >= least
 
@@ -91,7 +93,7 @@ def test_only_visible_places_come_back(kind, hidden):
     visible = np.ones(BLOCK, dtype=bool)
     places = {"a_few": [3, 500, 700], "a_prefix": range(600), "all_but_two": range(2, BLOCK)}
     visible[list(places.get(hidden, range(BLOCK)))] = False
-    found = built(kind, stored).search(stored[:20], 5, visible)
+    _, found = built(kind, stored).search(stored[:20], 5, visible)
     assert visible[found[found >= 0]].all()
     if hidden == "all":
         assert (found == -1).all()

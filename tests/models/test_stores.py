@@ -39,6 +39,7 @@ def contents(stores, place, state: StoredState) -> dict[str, Tensor]:
     for row, (stream, cursor) in enumerate(zip(state.stream.tolist(), state.cursor.tolist(), strict=True)):
         rows = stores[place].at(stream, cursor)
         seen = rows.visible(cursor)
+        seen = torch.ones(len(rows.serial), dtype=torch.bool) if seen is None else seen
         found[f"{row}.serial"] = rows.serial.newest[seen]
         found[f"{row}.keys"] = rows.keys.rows(0, len(seen))[seen]
         found[f"{row}.values"] = rows.values.rows(0, len(seen))[seen]
