@@ -71,7 +71,7 @@ class ExternalMemory(Memory):
 
         fusion   M goes to the block's gating network, as the diagrams have it
         heads    (1 - g_h) A + g_h M,  g_h = sigma(b_h)                          LongMem, Memorizing Tr.
-        joint    one softmax over window and hits together; b_h shifts the hits  TRIME, memorizing-tr.-pytorch
+        joint    one softmax over window and hits together; b_h shifts the hits  memorizing-tr.-pytorch
     """
 
     def __init__(self, config: ExternalMemoryConfig, hidden_dim: int) -> None:
@@ -99,7 +99,7 @@ class ExternalMemory(Memory):
     def attach(self, store: Store | None) -> None:
         """Keep what is filed in a store from here on; None: in the state, as a model begins.
 
-        States of before stay with what they were made for. Raises ValueError for a store of other sizes.
+        States of before can then not be read. Raises ValueError for a store of other sizes.
         """
         if store is None:
             self.shelf = TensorShelf(self.config)
@@ -142,7 +142,15 @@ class ExternalMemory(Memory):
 
     def recall(self, hidden: Tensor, state: Any) -> Recalled:
         """The top_k pairs nearest to each token's query; hidden: [b n d]."""
-        return self.scored(self.shelf.find(self.address(self.query_address, hidden), state))
+        return self.scored(self.find(hidden, state))
+
+    def find(self, hidden: Tensor, state: Any) -> Found:
+        if not isinstance(state, self.shelf.state):
+            raise ValueError(
+                f"memory_state holds {type(state).__name__}, this memory now takes "
+                f"{self.shelf.state.__name__}: start from None after attaching or detaching a store"
+            )
+        return self.shelf.find(self.address(self.query_address, hidden), state)
 
     def scored(self, found: Found) -> Recalled:
         """Cosines as scores, each head with its own sharpness."""
@@ -172,7 +180,7 @@ class ExternalMemory(Memory):
     @torch.no_grad()
     def came_back(self, hidden: Tensor, state: Any, valid: Tensor) -> tuple[Found, Tensor]:
         """What a segment's tokens were given, and with which weights [b h n j]: eviction may ask."""
-        found = self.shelf.find(self.address(self.query_address, hidden), state)
+        found = self.find(hidden, state)
         return found, self.scored(found).weight * rearrange(valid, "b n -> b 1 n 1")
 
 

@@ -48,7 +48,12 @@ class Filing:
 
 
 class Shelf(Protocol):
-    """Finds the nearest pairs and files new ones. `last` of a state is the newest token filed: [b d]."""
+    """Finds the nearest pairs and files new ones; `state` is what it takes and gives.
+
+    `last` of a state is the newest token filed: [b d].
+    """
+
+    state: type[State]
 
     def init_state(self, batch_size: int, like: Tensor) -> Any: ...
 
@@ -76,6 +81,8 @@ class ExternalState(State):
 
 class TensorShelf:
     """Pairs as tensors of a fixed size, searched by comparing all."""
+
+    state: type[State] = ExternalState
 
     def __init__(self, config: ExternalMemoryConfig) -> None:
         self.config = config
@@ -169,9 +176,11 @@ class StoredState(State):
 class StoreShelf:
     """Pairs in a store: a state is a place in it, and stays readable while others write on.
 
-    The tokens with which a stream's rows came back are counted in the store, not in the state: with
+    The weights with which a stream's rows came back are counted in the store, not in the state: with
     eviction: least_retrieved, two states that go on from one may see each other's counts.
     """
+
+    state: type[State] = StoredState
 
     def __init__(self, config: ExternalMemoryConfig, store: Store) -> None:
         self.config, self.store = config, store

@@ -173,6 +173,16 @@ def test_what_does_not_fit_is_refused(tmp_path):
         attach_stores(case().build(), tmp_path)
 
 
+def test_a_state_of_before_a_store_was_attached_is_refused():
+    built, tokens = case().build(), laws.stream(laws.MANY)
+    _, state = laws.feed(built, tokens)
+    attach_stores(built)
+    with pytest.raises(
+        ValueError, match="holds ExternalState, this memory now takes StoredState: start from None"
+    ):
+        laws.feed(built, tokens, state=state)
+
+
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_retrieval_every_thins_the_layers_that_retrieve(every):
     config = override(
