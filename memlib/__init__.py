@@ -14,6 +14,7 @@ _HOME = {
     "memlib.config": [
         "Config",
         "ConfigError",
+        "ExternalMemoryConfig",
         "InternalMemoryConfig",
         "MemoryConfig",
         "ModelConfig",
@@ -25,7 +26,7 @@ _HOME = {
         "override",
         "save_config",
     ],
-    "memlib.memory": ["MEMORIES", "InternalMemory", "Memory", "State"],
+    "memlib.memory": ["MEMORIES", "ExternalMemory", "InternalMemory", "Memory", "State"],
     "memlib.models": ["MemoryState", "MemoryTransformer", "MemoryTransformerBlock", "ModelOutput"],
     "memlib.models.info": [
         "count_parameters",

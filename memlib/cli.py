@@ -1,4 +1,4 @@
-"""The front door: `memlib train | eval | table | config | doctor`."""
+"""The front door: `memlib train | eval | table | retrieval | config | doctor`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ EPILOG = """examples:
   memlib train my.yaml training.max_steps=500 --out runs/mine
   memlib eval runs/recall_internal/seed-0 --segments 4 32 --json result.json
   memlib table recall                                train, measure and print a whole table
+  memlib retrieval --keys 1024 65536                 latency with recall of each index
+  memlib retrieval runs/passkey_external/seed-0      a trained model's accuracy with each index
   memlib config show recall_internal                 every field of a preset
 """
 
@@ -61,12 +63,22 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=evaluate)
 
     command = commands.add_parser("table", help="train and measure one of the README's tables")
-    command.add_argument("name", choices=["recall", "rewrite"])
+    command.add_argument("name", choices=["recall", "rewrite", "passkey"])
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    command.add_argument("--segments", type=int, nargs="+", default=[4, 6, 32])
+    command.add_argument("--segments", type=int, nargs="+", help="default: the lengths of the stored table")
     command.add_argument("--out", type=Path, default=Path("runs"), help="finished runs in it are reused")
     command.add_argument("--json", type=Path, help="default: OUT/NAME.json")
     command.set_defaults(run=table)
+
+    command = commands.add_parser("retrieval", help="measure what searching costs, and what it finds")
+    command.add_argument("folder", nargs="?", type=Path, help="a run with external memory: its accuracy")
+    command.add_argument("--keys", type=int, nargs="+", default=[1024, 8192, 65_536], help="without a run")
+    command.add_argument("--dim", type=int, default=64, help="width of a key (without a run)")
+    command.add_argument("--segments", type=int, default=66, help="length to measure a run at")
+    command.add_argument("--examples", type=int, default=64, help="examples to measure a run on")
+    command.add_argument("--index", nargs="+", help="which (default: all)")
+    command.add_argument("--json", type=Path, help="also write the results here")
+    command.set_defaults(run=retrieval)
 
     command = commands.add_parser("config", help="show, check or document configurations")
     what = command.add_subparsers(required=True, metavar="WHAT")
@@ -128,6 +140,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def table(arguments: argparse.Namespace) -> int:
     from memlib.training.comparison import (
+        LENGTHS,
         compare,
         named_comparison,
         summary,
@@ -136,11 +149,41 @@ def table(arguments: argparse.Namespace) -> int:
     )
 
     configs = named_comparison(arguments.name)
-    results = compare(configs, arguments.seeds, arguments.segments, arguments.out)
+    segments = arguments.segments or LENGTHS.get(arguments.name, [4, 6, 32])
+    results = compare(configs, arguments.seeds, segments, arguments.out)
     target = arguments.json or arguments.out / f"{arguments.name}.json"
     write_json(results, target)
     print(f"{to_markdown(results)}\n\n{summary(results)}")
     print(f"\nwritten to {target}")
+    return 0
+
+
+def retrieval(arguments: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from memlib.evaluation import retrieval as measured
+    from memlib.files import write_text
+    from memlib.training.comparison import markdown
+    from memlib.training.trainer import load_run
+
+    names = arguments.index or list(measured.INDEXES)
+    if unknown := set(names) - set(measured.INDEXES):
+        raise ValueError(f"--index {sorted(unknown)[0]!r}: known: {', '.join(measured.INDEXES)}")
+    if arguments.folder is None:
+        measure = [measured.measure_index(n, keys, arguments.dim) for keys in arguments.keys for n in names]
+        print(markdown(*measured.index_table(measure)))
+        results = [asdict(result) for result in measure]
+    else:
+        trainer = load_run(arguments.folder)
+        task = trainer.make_task(
+            override(trainer.config.task, {"segments": arguments.segments, "segments_min": None})
+        )
+        by_task = measured.measure_task(trainer.model, task, names, arguments.examples)
+        print(markdown(*measured.task_table(by_task)))
+        results = [asdict(result) for result in by_task]
+    if arguments.json:
+        write_text(arguments.json, json.dumps(results, indent=1) + "\n")
     return 0
 
 

@@ -13,3 +13,23 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     scratch = target.with_name(f"{target.name}.{os.getpid()}.part")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, target)
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file whole or not at all, and have it on the disk before returning."""
+    target = Path(path)
+    scratch = target.with_name(f"{target.name}.{os.getpid()}.part")
+    handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(handle, left) :]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    os.replace(scratch, target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from memlib.config.config import (
     Config,
     get_memory_bank_assignments,
+    get_memory_kinds,
     get_memory_layer_indices,
     validate,
 )
@@ -24,6 +25,8 @@ from memlib.config.files import (
 )
 from memlib.config.schema import (
     CopyConfig,
+    ExternalMemoryConfig,
+    IndexConfig,
     InternalMemoryConfig,
     MemoryConfig,
     ModelConfig,
@@ -40,6 +43,8 @@ __all__ = [
     "Config",
     "ConfigError",
     "CopyConfig",
+    "ExternalMemoryConfig",
+    "IndexConfig",
     "InternalMemoryConfig",
     "MemoryConfig",
     "ModelConfig",
@@ -52,6 +57,7 @@ __all__ = [
     "TrainingConfig",
     "from_dict",
     "get_memory_bank_assignments",
+    "get_memory_kinds",
     "get_memory_layer_indices",
     "load_config",
     "option",

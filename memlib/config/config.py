@@ -36,6 +36,15 @@ def get_memory_layer_indices(config: Config) -> list[int]:
     }[memory.memory_layer_placement]
 
 
+def get_memory_kinds(config: Config) -> dict[int, list[str]]:
+    """Memory layer -> the memories it has, in the order of `memory.kinds`."""
+    memory = config.memory
+    return {
+        layer: [kind for kind in memory.kinds if (i + 1) % getattr(memory, kind).every == 0]
+        for i, layer in enumerate(get_memory_layer_indices(config))
+    }
+
+
 def get_memory_bank_assignments(config: Config) -> dict[int, int]:
     """Memory layer -> index of the bank (the state) it reads and writes."""
     sharing = config.memory.memory_sharing
@@ -77,7 +86,18 @@ def validate(config: Config) -> Config:
             f"model.num_layers = {model.num_layers}; make it smaller"
         )
     for kind in memory.kinds:
+        layers = len(get_memory_layer_indices(config))
+        if not memory.vanilla_mode and getattr(memory, kind).every > layers:
+            raise ConfigError(
+                f"memory.{kind}.retrieval_every = {getattr(memory, kind).every}: only {layers} layers have "
+                "memory; make it smaller"
+            )
         getattr(memory, kind).check(model, f"memory.{kind}")
+        if getattr(memory, kind).in_attention and memory.fusion == "residual":
+            raise ConfigError(
+                f"memory.fusion = 'residual': memory.{kind} is set to take part in the attention, which "
+                "has no place in a residual branch; set fusion: softmax, or let it be fused"
+            )
     if memory.memory_block_variant == "B" and memory.fusion == "softmax":
         raise ConfigError(
             "memory.memory_block_variant = 'B': exists for memory.fusion: residual only; "

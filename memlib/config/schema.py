@@ -30,6 +30,16 @@ class ModelConfig:
 class MemoryOptions:
     """Base of each memory's own options."""
 
+    @property
+    def in_attention(self) -> bool:
+        """Whether it takes part in the layer's attention instead of being fused after it."""
+        return False
+
+    @property
+    def every(self) -> int:
+        """Of the memory layers, each n-th one has it."""
+        return 1
+
     def check(self, model: ModelConfig, path: str) -> None:
         """Refuse combinations of this memory's options that cannot work, with a ConfigError."""
 
@@ -73,6 +83,92 @@ class InternalMemoryConfig(MemoryOptions):
 
 
 @dataclass(kw_only=True)
+class IndexConfig:
+    """How a store searches its keys; the state of a model that has no store is searched exactly."""
+
+    kind: Literal["flat", "ivf", "ivfpq", "hnsw"] = option(
+        "flat", "FAISS index; flat is exact, the others trade recall for time: memlib retrieval measures it"
+    )
+    exact_below: int = option(65_536, "with fewer keys in a stream, all are compared by torch: exact", 0)
+    ivf_lists_per_root: float = option(4.0, "ivf, ivfpq: lists = this x sqrt(keys)", 0.01)
+    ivf_probes: int = option(32, "ivf, ivfpq: lists looked into for a query", 1)
+    pq_bytes: int = option(16, "ivfpq: bytes of a stored key (at most; a divisor of its width)", 1)
+    hnsw_links: int = option(32, "hnsw: links of a key", 2)
+    hnsw_ef_construction: int = option(100, "hnsw: candidates looked at for a new key's links", 1)
+    hnsw_ef_search: int = option(128, "hnsw: candidates looked at for a query", 1)
+
+
+@dataclass(kw_only=True)
+class ExternalMemoryConfig(MemoryOptions):
+    """Past tokens' key-value pairs, of which each token retrieves the nearest (spec A3)."""
+
+    num_heads: int = option(4, "heads of the memory's attention; each searches its own keys", 1)
+    capacity: int = option(4096, "tokens kept of each stream; beyond it, eviction", 1)
+    top_k: int = option(32, "tokens that come back for each query and head", 1)
+    retrieval_every: int = option(1, "of the memory layers, each n-th one has it: with 6 the 6th, 12th, …", 1)
+    join: Literal["fusion", "heads", "joint"] = option(
+        "fusion",
+        "how what came back meets the window's attention. fusion: by the block's gating network; "
+        "heads: two softmaxes mixed by a gate for each head (LongMem, Memorizing Transformers); "
+        "joint: one softmax over both",
+    )
+    eviction: Literal["oldest", "least_retrieved"] = option(
+        "oldest", "which token makes room for a new one at capacity"
+    )
+    chunk: int = option(1, "tokens that share one key, their mean, and come back together (LongMem: 4)", 1)
+    shared_address: bool = option(True, "queries and keys use one projection; the papers use two")
+    shift_init: float = option(
+        1.0, "a key starts as this part previous token, the rest current; the papers: 0", 0.0, 1.0
+    )
+    sharpness: float = option(16.0, "initial scale of the cosine of query and key", 0.0)
+    gate_init: float = option(
+        0.0, "heads: the gate's initial logit; joint: what is added to the hits' scores"
+    )
+
+    index: IndexConfig = option(IndexConfig, "how an attached store searches")
+
+    @property
+    def in_attention(self) -> bool:
+        return self.join != "fusion"
+
+    @property
+    def every(self) -> int:
+        return self.retrieval_every
+
+    def check(self, model: ModelConfig, path: str) -> None:
+        if model.hidden_dim % self.num_heads:
+            raise ConfigError(
+                f"{path}.num_heads = {self.num_heads}: must divide model.hidden_dim = {model.hidden_dim}"
+            )
+        if self.in_attention and self.num_heads != model.num_heads:
+            raise ConfigError(
+                f"{path}.num_heads = {self.num_heads}: must be model.num_heads = {model.num_heads} for "
+                f"{path}.join: {self.join}, which mixes head by head"
+            )
+        if self.capacity < model.segment_length:
+            raise ConfigError(
+                f"{path}.capacity = {self.capacity}: must be at least "
+                f"model.segment_length = {model.segment_length}"
+            )
+        if self.top_k > self.capacity:
+            raise ConfigError(
+                f"{path}.top_k = {self.top_k}: must be at most {path}.capacity = {self.capacity}"
+            )
+        for name, size in (("capacity", self.capacity), ("top_k", self.top_k)):
+            if size % self.chunk:
+                raise ConfigError(f"{path}.chunk = {self.chunk}: must divide {path}.{name} = {size}")
+        if model.segment_length % self.chunk:
+            raise ConfigError(
+                f"{path}.chunk = {self.chunk}: must divide model.segment_length = {model.segment_length}"
+            )
+        if self.chunk > 1 and self.eviction != "oldest":
+            raise ConfigError(
+                f"{path}.chunk = {self.chunk}: tokens that come back together must leave together; "
+                f"set {path}.eviction: oldest or chunk: 1"
+            )
+
+
+@dataclass(kw_only=True)
 class MemoryConfig:
     """What remembers, in which layers, shared how, and fused how."""
 
@@ -97,6 +193,7 @@ class MemoryConfig:
     )
     wo_init_zero: bool = option(True, "residual fusion only: W_o starts at zero")
     internal: InternalMemoryConfig = option(InternalMemoryConfig, "LM2's internal memory")
+    external: ExternalMemoryConfig = option(ExternalMemoryConfig, "external memory, by retrieval")
 
 
 @dataclass(kw_only=True)

@@ -102,7 +102,12 @@ class Memory(nn.Module, ABC):
     The laws every memory obeys (tests/laws holds each registered memory to them): `read` depends on a
     token's own past only, rows of the batch never mix, and `write` becomes visible from the next
     segment on. A subclass is built as `Kind(config, hidden_dim)` from its own config dataclass.
+
+    A memory with `in_attention` set takes part in its layer's attention by `mix` and is shut by `close`;
+    `read` and the block's fusion are then not used.
     """
+
+    in_attention = False
 
     @abstractmethod
     def init_state(self, batch_size: int) -> State:
@@ -115,3 +120,14 @@ class Memory(nn.Module, ABC):
     @abstractmethod
     def write(self, hidden: Tensor, state: Any, mask: Tensor) -> State:
         """The state after a segment; hidden: [b n d], mask: [b n], true for tokens that count."""
+
+    def mix(self, hidden: Tensor, attended: Tensor, logsumexp: Callable[[], Tensor], state: Any) -> Tensor:
+        """The heads' attention with the memory's share in it; attended: [b h n k] -> [b h n k].
+
+        logsumexp() is the log of the sum of each query's exponentials in the window: [b h n].
+        """
+        raise NotImplementedError(f"{type(self).__name__} is read, not mixed into the attention")
+
+    def close(self) -> None:
+        """Shut the memory out of the attention for good (law L5)."""
+        raise NotImplementedError(f"{type(self).__name__} is shut by the block's fusion")

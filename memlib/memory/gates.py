@@ -1,7 +1,7 @@
 """Gates: the small learned valves of the house.
 
-Every gate is a `Gate`, so that training can give gates their own learning rate and no weight decay
-(gates that share the weights' rate tend not to move; see docs/design.md).
+Every gate is a `Gate` or a `HeadGate`, so that training can give gates their own learning rate and no
+weight decay (gates that share the weights' rate tend not to move; see docs/design.md).
 """
 
 from __future__ import annotations
@@ -20,6 +20,14 @@ class Gate(nn.Linear):
         super().__init__(in_features, out_features)
         nn.init.zeros_(self.weight)
         nn.init.constant_(self.bias, bias)
+
+
+class HeadGate(nn.Module):
+    """One logit b_h for each head, the same for all tokens: [h]."""
+
+    def __init__(self, num_heads: int, bias: float = 0.0) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.full((num_heads,), bias))
 
 
 class SoftmaxFusion(nn.Module):

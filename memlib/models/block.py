@@ -7,19 +7,21 @@ With softmax fusion (the documents' diagrams):      With residual fusion (varian
     x = x + H                                            x = x + sum_i read_i(norm(x)) W_o,i
     x = x + mlp(norm(x))                                 x = x + mlp(norm(x))
 
-The h a memory is read with is also the h its segment is written with.
+The h a memory is read with is also the h its segment is written with. A memory that takes part in the
+attention stands inside attention(h) and has no place in the fusion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
 from memlib.memory.base import Memory, State
 from memlib.memory.gates import ResidualFusion, SoftmaxFusion
-from memlib.nn.attention import SelfAttention
+from memlib.nn.attention import Mix, SelfAttention
 from memlib.nn.mlp import MLP
 from memlib.nn.norm import RMSNorm
 
@@ -58,11 +60,12 @@ class MemoryTransformerBlock(nn.Module):
         self.memories = nn.ModuleDict(memories or {})
         self.fusion: SoftmaxFusion | ResidualFusion | None = None
         self.extra_mlp: MLP | None = None
-        if self.memories and fusion == "softmax":
-            self.fusion = SoftmaxFusion(hidden_dim, len(self.memories))
-        elif self.memories:
+        fused = sum(not memory.in_attention for memory in self.kinds())
+        if fused and fusion == "softmax":
+            self.fusion = SoftmaxFusion(hidden_dim, fused)
+        elif fused:
             self.memory_norm = RMSNorm(hidden_dim)
-            self.fusion = ResidualFusion(hidden_dim, len(self.memories), wo_init_zero)
+            self.fusion = ResidualFusion(hidden_dim, fused, wo_init_zero)
             if memory_block_variant == "B":
                 self.extra_norm = RMSNorm(hidden_dim)
                 self.extra_mlp = MLP(hidden_dim, intermediate_dim)
@@ -79,7 +82,7 @@ class MemoryTransformerBlock(nn.Module):
         states: Sequence[State] = (),
     ) -> BlockOutput:
         hidden = self.attention_norm(stream)
-        mixed, keys, values = self.attention(hidden, past_keys, past_values, mask)
+        mixed, keys, values = self.attention(hidden, past_keys, past_values, mask, self.mix(hidden, states))
         if isinstance(self.fusion, SoftmaxFusion):
             mixed = self.fusion(hidden, mixed, self.read(hidden, states))
         stream = stream + self.dropout(mixed)
@@ -93,7 +96,14 @@ class MemoryTransformerBlock(nn.Module):
 
     def read(self, hidden: Tensor, states: Sequence[State]) -> list[Tensor]:
         """What each memory has to say to each token; hidden: [b n d] -> one [b n d] per memory."""
-        return [memory.read(hidden, state) for memory, state in zip(self.kinds(), states, strict=True)]
+        pairs = zip(self.kinds(), states, strict=True)
+        return [memory.read(hidden, state) for memory, state in pairs if not memory.in_attention]
+
+    def mix(self, hidden: Tensor, states: Sequence[State]) -> Mix | None:
+        """What brings the memories that take part in the attention into it, one after another."""
+        pairs = zip(self.kinds(), states, strict=True)
+        taking_part = [(memory, state) for memory, state in pairs if memory.in_attention]
+        return partial(mix_all, hidden, taking_part) if taking_part else None
 
     def kinds(self) -> list[Memory]:
         """The block's memories, in the order of their states."""
@@ -105,3 +115,18 @@ class MemoryTransformerBlock(nn.Module):
             self.fusion.close()
         if self.extra_mlp is not None:
             nn.init.zeros_(self.extra_mlp.down_proj.weight)
+        for memory in self.kinds():
+            if memory.in_attention:
+                memory.close()
+
+
+def mix_all(
+    hidden: Tensor,
+    memories: Sequence[tuple[Memory, State]],
+    attended: Tensor,
+    logsumexp: Callable[[], Tensor],
+) -> Tensor:
+    """attended [b h n k] with the share of each memory in it."""
+    for memory, state in memories:
+        attended = memory.mix(hidden, attended, logsumexp, state)
+    return attended

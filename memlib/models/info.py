@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from memlib.config import Config, get_memory_bank_assignments
+from memlib.config import Config, get_memory_bank_assignments, get_memory_kinds
 
 
 def count_parameters(model: nn.Module, trainable_only: bool = True) -> int:
@@ -29,12 +29,13 @@ def get_model_size_mb(model: nn.Module) -> float:
 
 def print_model_info(model: nn.Module, config: Config) -> None:
     """Print the model's diagram in a few lines: layers, memories, banks, size."""
-    banks = get_memory_bank_assignments(config)
+    banks, kinds = get_memory_bank_assignments(config), get_memory_kinds(config)
     print(
         f"{config.model.num_layers} layers, width {config.model.hidden_dim}, "
         f"{config.model.num_heads} heads, window {config.model.segment_length} tokens"
     )
     for layer in range(config.model.num_layers):
-        memory = f"{' + '.join(config.memory.kinds)}, bank {banks[layer]}" if layer in banks else "no memory"
+        here = kinds.get(layer)
+        memory = f"{' + '.join(here)}, bank {banks[layer]}" if here else "no memory"
         print(f"  layer {layer}: {memory}")
     print(f"{format_params(count_parameters(model))} parameters, {get_model_size_mb(model):.2f} MiB")

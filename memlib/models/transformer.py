@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlib.config import Config, get_memory_bank_assignments, get_memory_layer_indices
+from memlib.config import Config, get_memory_bank_assignments, get_memory_kinds
 from memlib.memory import MEMORIES
 from memlib.memory.base import State
 from memlib.memory.gates import Gate
@@ -92,7 +92,7 @@ class MemoryTransformer(nn.Module):
         self.config = config
         model, memory = config.model, config.memory
         self.bank_of_layer = get_memory_bank_assignments(config)
-        layers_with_memory = set(get_memory_layer_indices(config))
+        kinds_of_layer = get_memory_kinds(config)
         self.embedding = nn.Embedding(model.vocab_size, model.hidden_dim)
         self.blocks = nn.ModuleList(
             MemoryTransformerBlock(
@@ -101,8 +101,7 @@ class MemoryTransformer(nn.Module):
                 model.intermediate_dim,
                 memories={
                     kind: MEMORIES[kind](getattr(memory, kind), model.hidden_dim)
-                    for kind in memory.kinds
-                    if layer in layers_with_memory
+                    for kind in kinds_of_layer.get(layer, ())
                 },
                 fusion=memory.fusion,
                 memory_block_variant=memory.memory_block_variant,
@@ -112,6 +111,7 @@ class MemoryTransformer(nn.Module):
             )
             for layer in range(model.num_layers)
         )
+        self.places = state_places(kinds_of_layer, self.bank_of_layer)
         self.norm = RMSNorm(model.hidden_dim)
         self.head = nn.Linear(model.hidden_dim, model.vocab_size, bias=False)
         self.init_weights()
@@ -154,12 +154,13 @@ class MemoryTransformer(nn.Module):
         model = self.config.model
         weight = self.embedding.weight
         shape = (batch_size, model.num_heads, 0, model.hidden_dim // model.num_heads)
-        banks: dict[int, list[State]] = {}
-        for layer, bank in self.bank_of_layer.items():
-            if bank not in banks:
-                banks[bank] = [memory.init_state(batch_size) for memory in self.block(layer).kinds()]
+        banks: dict[int, State] = {}
+        for layer, places in self.places.items():
+            for place, memory in zip(places, self.block(layer).kinds(), strict=True):
+                if place not in banks:
+                    banks[place] = memory.init_state(batch_size)
         return MemoryState(
-            banks=tuple(state for bank in sorted(banks) for state in banks[bank]),
+            banks=tuple(banks[place] for place in sorted(banks)),
             window=Window(
                 keys=tuple(weight.new_zeros(shape) for _ in self.blocks),
                 values=tuple(weight.new_zeros(shape) for _ in self.blocks),
@@ -176,12 +177,6 @@ class MemoryTransformer(nn.Module):
             banks=tuple(old.where(~rows, new) for old, new in zip(state.banks, fresh.banks, strict=True)),
             window=window.where(~rows, window.map(torch.zeros_like)),
         )
-
-    def bank_slice(self, layer: int) -> slice:
-        """Where in `MemoryState.banks` the states of this layer's memories are."""
-        kinds = len(self.block(layer).kinds())
-        bank = self.bank_of_layer.get(layer, 0)
-        return slice(bank * kinds, (bank + 1) * kinds)
 
     # ------------------------------------------------------------------------------------ the forward
 
@@ -228,7 +223,7 @@ class MemoryTransformer(nn.Module):
         values: list[Tensor] = []
         hidden: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
-            states = state.banks[self.bank_slice(layer)]
+            states = [state.banks[place] for place in self.places.get(layer, ())]
             output = block(stream, past.keys[layer], past.values[layer], allowed, states)
             stream = output.stream
             keys.append(output.keys)
@@ -247,10 +242,11 @@ class MemoryTransformer(nn.Module):
         Rows whose segment was all padding keep their state as it was.
         """
         states, awake = list(banks), mask.any(1)
+        all_awake = bool(awake.all())  # the usual case: spares a copy of every state
         for segment, layer in zip(hidden, self.bank_of_layer, strict=True):
-            place = range(len(states))[self.bank_slice(layer)]
-            for i, memory in zip(place, self.block(layer).kinds(), strict=True):
-                states[i] = memory.write(segment, states[i], mask).where(awake, states[i])
+            for i, memory in zip(self.places[layer], self.block(layer).kinds(), strict=True):
+                written = memory.write(segment, states[i], mask)
+                states[i] = written if all_awake else written.where(awake, states[i])
         return tuple(states)
 
     def close_memory(self) -> None:
@@ -299,3 +295,15 @@ class MemoryTransformer(nn.Module):
 def _emptied(tensor: Tensor) -> Tensor:
     """The same tensor with no tokens: the token axis is the second, or the third under heads."""
     return tensor[:, :, :0] if tensor.ndim == 4 else tensor[:, :0]
+
+
+def state_places(kinds: dict[int, list[str]], banks: dict[int, int]) -> dict[int, list[int]]:
+    """Memory layer -> where in `MemoryState.banks` each of its memories has its state.
+
+    Memories of one kind in layers of one bank share a state.
+    """
+    numbers: dict[tuple[int, str], int] = {}
+    return {
+        layer: [numbers.setdefault((banks[layer], kind), len(numbers)) for kind in here]
+        for layer, here in kinds.items()
+    }

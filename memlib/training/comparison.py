@@ -30,9 +30,11 @@ class Result:
 
 
 COMPARISONS = {
-    "recall": ["recall_baseline", "recall_internal"],
+    "recall": ["recall_baseline", "recall_internal", "recall_external"],
     "rewrite": ["rewrite_baseline", "rewrite_internal"],
+    "passkey": ["passkey_baseline", "passkey_external"],
 }
+LENGTHS = {"passkey": [4, 32, 66, 128]}  # segments to measure at, where not 4, 6 and 32
 
 
 def measure(trainer: Trainer, name: str, segments: Sequence[int]) -> Result:

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from memlib.config import TrainingConfig
 from memlib.memory.base import Memory
-from memlib.memory.gates import Gate, ResidualFusion
+from memlib.memory.gates import Gate, HeadGate, ResidualFusion
 
 
 def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
@@ -24,7 +24,7 @@ def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[st
     kind_of: dict[int, str] = {}
     for module in model.modules():  # parents come first: a gate inside a memory ends as a gate
         kind = None
-        if isinstance(module, Gate):
+        if isinstance(module, (Gate, HeadGate)):
             kind = "gates"
         elif isinstance(module, (Memory, ResidualFusion)):
             kind = "memory"

@@ -18,7 +18,12 @@ from memlib.memory import MEMORIES
 from memlib.models import MemoryTransformer
 
 SEGMENT, VOCAB, BATCH = 4, 17, 3
-SMALL = {"num_slots": 8, "num_heads": 2}  # sizes by field name, in any memory's dataclass
+SMALL = {
+    "num_slots": 8,
+    "num_heads": 2,
+    "capacity": 12,
+    "top_k": 3,
+}  # sizes by field name, in any memory's dataclass
 
 SHARINGS = ("shared", "per_layer", "every_k_layers")
 FUSIONS = {
@@ -95,7 +100,8 @@ def cases() -> list[Case]:
             chosen = "-".join([kind, *(v for v in options.values() if isinstance(v, str))])
             kinds = {kind: options}
             found += [Case(f"{chosen}-{s}", {"memory_sharing": s}, kinds) for s in SHARINGS]
-            found += [Case(f"{chosen}-{name}", fusion, kinds) for name, fusion in FUSIONS.items()]
+            if not memory_config(kind)(**options).in_attention:  # the attention has no residual branch
+                found += [Case(f"{chosen}-{name}", fusion, kinds) for name, fusion in FUSIONS.items()]
         gap = {"memory_layer_placement": "custom", "memory_layer_custom": [0, 2]}
         found.append(Case(f"{kind}-layers_0_2", gap, {kind: variants(kind)[0]}))
     if len(MEMORIES) > 1:

@@ -259,7 +259,7 @@ class WritesAsleep(MemoryTransformer):
     def write(self, hidden, banks, mask):
         states = list(banks)
         for segment, layer in zip(hidden, self.bank_of_layer, strict=True):
-            place = self.bank_slice(layer).start
+            (place,) = self.places[layer]
             (memory,) = self.blocks[layer].memories.values()
             states[place] = memory.write(segment, states[place], mask)
         return tuple(states)

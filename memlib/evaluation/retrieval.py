@@ -1,0 +1,168 @@
+"""What retrieval costs and what it finds: latency with recall, always together.
+
+`measure_index` times one index over random unit keys, the hardest there are for an approximate index: they
+have no clusters. `measure_task` answers the question that matters: a trained model's accuracy when its
+memory searches by each index.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memlib.config import IndexConfig
+from memlib.evaluation.evaluate import evaluate
+from memlib.memory.index import library
+from memlib.memory.store import Store
+from memlib.memory.stream import Shape
+from memlib.models import MemoryTransformer
+from memlib.models.stores import attach_stores, detach_stores
+from memlib.tasks import Task
+
+EXACT = 2**62  # more keys than any stream has: always compared by torch
+INDEXES = {
+    "torch": IndexConfig(exact_below=EXACT),
+    "flat": IndexConfig(kind="flat", exact_below=0),
+    "ivf": IndexConfig(kind="ivf", exact_below=0),
+    "ivfpq": IndexConfig(kind="ivfpq", exact_below=0),
+    "hnsw": IndexConfig(kind="hnsw", exact_below=0),
+    # As memorizing-transformers-pytorch sets it.
+    "hnsw 15/16": IndexConfig(
+        kind="hnsw", exact_below=0, hnsw_links=15, hnsw_ef_construction=40, hnsw_ef_search=16
+    ),
+}
+
+
+@dataclass(frozen=True)
+class IndexResult:
+    """One index over some keys.
+
+    milliseconds: one search of all queries, median; recall: part of the true top_k that came back;
+    overhead: milliseconds over those of FAISS's own search of the same index and vectors, both in turns
+    (None for torch); build_seconds: the first search, which builds the index.
+    """
+
+    index: str
+    keys: int
+    milliseconds: float
+    recall: float
+    overhead: float | None
+    build_seconds: float
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A trained model on a task, its memory searched by one index; seconds for all examples."""
+
+    index: str
+    segments: int
+    accuracy: float
+    seconds: float
+
+
+def random_keys(count: int, dim: int, seed: int) -> Tensor:
+    """Random unit vectors as one head's: [1 count dim]."""
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(1, count, dim, generator=generator), dim=-1)
+
+
+def measure_index(
+    name: str, keys: int, dim: int = 64, queries: int = 64, top_k: int = 32, repeats: int = 15
+) -> IndexResult:
+    """Time one of `INDEXES` over random keys and compare what it finds with the truth."""
+    library().omp_set_num_threads(torch.get_num_threads())
+    stored, query = random_keys(keys, dim, 0), random_keys(queries, dim, 1)
+    store = Store(Shape(1, dim, dim), INDEXES[name])
+    stream, cursor = store.append(store.new_stream(), 0, stored, stored)
+
+    def search() -> Tensor:
+        return store.search(stream, cursor, query, top_k).serial[0]
+
+    before = time.perf_counter()
+    found = search()
+    built = time.perf_counter() - before
+    truth = (query[0] @ stored[0].mT).topk(top_k, -1).indices
+    hits = sum(len(np.intersect1d(a, b)) for a, b in zip(found.numpy(), truth.numpy(), strict=True))
+    raw = raw_search(store, stored[0].numpy(), query[0].numpy(), top_k) if name != "torch" else None
+    mine, theirs = in_turns(search, raw, repeats)
+    return IndexResult(
+        name,
+        keys,
+        1000 * median(mine),
+        hits / truth.numel(),
+        median(m / t for m, t in zip(mine, theirs, strict=True)) if raw else None,
+        built,
+    )
+
+
+def raw_search(
+    store: Store, vectors: np.ndarray, query: np.ndarray, top_k: int
+) -> Callable[[], object] | None:
+    """FAISS's own search of a copy of the store's index that covers all vectors; None below a block."""
+    if not store.streams[0].indexes:
+        return None
+    index = store.streams[0].indexes[0]
+    copy = library().deserialize_index(index.to_bytes())
+    copy.add(vectors[index.size :])
+    parameters = index.parameters(top_k)
+    return lambda: copy.search(query, top_k, params=parameters)
+
+
+def in_turns(
+    mine: Callable[[], object], theirs: Callable[[], object] | None, repeats: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of each call of the two, one after the other, so that a busy machine slows both."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for spent, call in zip(seconds, (mine, theirs), strict=True):
+            if call is not None:
+                before = time.perf_counter()
+                call()
+                spent.append(time.perf_counter() - before)
+    return seconds
+
+
+def measure_task(
+    model: MemoryTransformer, task: Task, names: Sequence[str], examples: int, exact_below: int = 0
+) -> list[TaskResult]:
+    """The model's accuracy with a store of each index: the state's own search first, as `state`."""
+    results = []
+    for name in ("state", *names):
+        if name != "state":
+            below = EXACT if name == "torch" else exact_below
+            attach_stores(model, index=replace(INDEXES[name], exact_below=below))
+        before = time.perf_counter()
+        accuracy = evaluate(model, task, examples, batch_size=16).accuracy
+        results.append(TaskResult(name, task.segments, accuracy, time.perf_counter() - before))
+    detach_stores(model)
+    return results
+
+
+def index_table(results: Sequence[IndexResult]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table of latency with recall."""
+    head = ["keys", "index", "ms per batch", "recall", "over raw FAISS", "first search, s"]
+    rows = [
+        [
+            f"{r.keys:,}",
+            r.index,
+            f"{r.milliseconds:.1f}",
+            f"{r.recall:.3f}",
+            f"{r.overhead:.2f}×" if r.overhead else "–",
+            f"{r.build_seconds:.1f}",
+        ]
+        for r in results
+    ]
+    return head, rows
+
+
+def task_table(results: Sequence[TaskResult]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table of accuracy by index."""
+    head = ["index", "segments", "accuracy", "s"]
+    return head, [[r.index, str(r.segments), f"{r.accuracy:.4f}", f"{r.seconds:.1f}"] for r in results]

@@ -1,0 +1,274 @@
+"""A store of key-value pairs: many streams, searched by similarity, kept on disk.
+
+Axes: h heads, r rows (tokens) of a stream, m new rows, n queries, j hits, k width.
+
+A store only grows at the end of a stream, and whoever reads or writes says up to where: (stream, cursor)
+is a value. A read at a cursor sees what was there when the stream had that length, also after others
+have written on; a write at a cursor that is not the end goes on in a copy of the stream up to there. So
+a model whose memory is a store still obeys the laws: its state is two integers for each row.
+
+Search is exact by torch below `index.exact_below` rows. Above, a FAISS index for each stream and head
+proposes candidates, what is newer than its last whole block is compared exactly, and all candidates are
+ranked by their true scores. With chunk > 1 the mean of a chunk's keys is searched and whole chunks come
+back (LongMem); a chunk is found once it is complete.
+
+A store lives in memory; memlib.memory.storage saves it, and opens it with its rows still on disk.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from einops import einsum, rearrange, reduce, repeat
+from torch import Tensor
+from torch.nn import functional as F
+
+from memlib.config import IndexConfig
+from memlib.memory.index import BLOCK, SearchIndex
+from memlib.memory.search import chunk_places, exact_search
+from memlib.memory.stream import NEVER, Column, Shape, Stream
+
+
+class StoreError(RuntimeError):
+    """A store that cannot do what is asked, or cannot be read; the message says what and the remedy."""
+
+
+class Hits(NamedTuple):
+    """What came back: serial [h n j], -1 where nothing did; keys, values [h n j k]."""
+
+    serial: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class Store:
+    """Key-value pairs of many streams: append, search, evict, fork, forget."""
+
+    def __init__(self, shape: Shape, index: IndexConfig | None = None) -> None:
+        self.shape, self.index = shape, index or IndexConfig()
+        self.streams: dict[int, Stream] = {}
+        self.next_stream = 0
+        self.encoders: list[Tensor] = []
+        self.saved: tuple[Path, dict[str, Any]] | None = None
+
+    def new_stream(self) -> int:
+        """The number of a stream that holds nothing yet."""
+        self.next_stream += 1
+        return self.next_stream - 1
+
+    def __len__(self) -> int:
+        """Live rows of all streams."""
+        return sum(int(stream.live.sum()) for stream in self.streams.values())
+
+    def forget(self, stream: int) -> None:
+        """Drop all rows of a stream; cursors into it become unreadable."""
+        kept = self.streams.get(stream)
+        if kept is not None:
+            self.streams[stream] = self.empty()
+            self.streams[stream].length = self.streams[stream].forgotten = kept.length
+
+    def empty(self) -> Stream:
+        keys = self.shape.column(self.shape.key_dim)
+        means = keys if self.shape.chunk == 1 else self.shape.column(self.shape.key_dim)
+        return Stream(keys, self.shape.column(self.shape.value_dim), means)
+
+    def at(self, number: int, cursor: int) -> Stream:
+        """The stream, once it is sure that it can be read at this cursor."""
+        if not 0 <= number < self.next_stream:
+            raise StoreError(f"stream {number}: this store has given out 0 … {self.next_stream - 1}")
+        stream = self.streams.setdefault(number, self.empty())
+        if not stream.forgotten <= cursor <= stream.length:
+            raise StoreError(
+                f"stream {number} at {cursor}: readable from {stream.forgotten} to {stream.length}; "
+                "go on from a newer state, or raise capacity"
+            )
+        return stream
+
+    # ---------------------------------------------------------------------------------------- writing
+
+    @torch.no_grad()
+    def append(
+        self, number: int, cursor: int, keys: Tensor, values: Tensor, retrieved: Tensor | None = None
+    ) -> tuple[int, int]:
+        """Write rows behind a cursor; keys, values: [h m k] -> the (stream, cursor) after them.
+
+        retrieved: [r], what `weights` gave for the reads since the last write; least_retrieved needs it.
+        """
+        stream = self.at(number, cursor)
+        if cursor < stream.length:
+            number, stream = self.fork(stream, cursor)
+        if retrieved is not None:
+            stream.retrieved.newest.add_(retrieved[: len(stream.serial)])  # a copy has the first rows
+        m = keys.shape[1]
+        stream.keys.append(rearrange(keys, "h m k -> m h k"))
+        stream.values.append(rearrange(values, "h m k -> m h k"))
+        stream.serial.append(torch.arange(cursor, cursor + m))
+        stream.gone.append(torch.full((m,), NEVER))
+        stream.retrieved.append(torch.zeros(m, dtype=torch.float64))
+        stream.encoder.append(torch.full((m,), len(self.encoders) - 1))
+        stream.length += m
+        self.complete_chunks(stream)
+        self.evict(stream, m)
+        return number, stream.length
+
+    def complete_chunks(self, stream: Stream) -> None:
+        """Give every chunk that has become complete its mean key."""
+        c = self.shape.chunk
+        if c > 1:
+            done = len(stream.means)
+            keys = stream.keys.rows(done * c, len(stream.keys) // c * c)
+            stream.means.append(reduce(keys, "(r c) h k -> r h k", "mean", c=c))
+
+    def evict(self, stream: Stream, added: int) -> None:
+        """Mark what exceeds the capacity as gone, never the rows just added; drop it once it is half."""
+        live = torch.nonzero(stream.live).flatten()
+        excess = len(live) - (self.shape.capacity or len(live))
+        if excess <= 0:
+            return
+        old = live[: len(live) - added]
+        if self.shape.eviction == "least_retrieved":
+            old = old[torch.argsort(stream.retrieved.newest[old], stable=True)]
+        stream.gone.newest[torch.cat((old, live[len(old) :]))[:excess]] = stream.length
+        stream.evicted += excess
+        if len(stream.serial) > 2 * (len(live) - excess):
+            self.drop_gone(stream)
+
+    def drop_gone(self, stream: Stream) -> None:
+        """Free the rows that are gone, in whole chunks; older cursors become unreadable."""
+        c = self.shape.chunk
+        live = F.pad(stream.live, (0, -len(stream.live) % c))
+        kept = repeat(reduce(live, "(r c) -> r", "any", c=c), "r -> (r c)", c=c)[: len(stream.live)]
+        fresh = self.copied(stream, torch.nonzero(kept).flatten())
+        for name in vars(fresh):
+            setattr(stream, name, getattr(fresh, name))
+        stream.forgotten = stream.length
+
+    def fork(self, stream: Stream, cursor: int) -> tuple[int, Stream]:
+        """A new stream that holds what a reader at this cursor sees."""
+        number = self.new_stream()
+        copy = self.copied(stream, torch.nonzero(stream.serial.newest < cursor).flatten())
+        copy.length = cursor
+        copy.gone.newest[copy.gone.newest > cursor] = NEVER
+        copy.evicted = int((~copy.live).sum())
+        self.streams[number] = copy
+        return number, copy
+
+    def copied(self, stream: Stream, places: Tensor) -> Stream:
+        """A stream of some of the rows, in order; its indexes are built when they are needed."""
+        copy = self.empty()
+        for name in ("keys", "values"):
+            rows = getattr(stream, name).rows(0, len(stream.serial))
+            getattr(copy, name).append(rows[places])
+        for name in ("serial", "gone", "retrieved", "encoder"):
+            getattr(copy, name).append(getattr(stream, name).newest[places])
+        copy.length, copy.forgotten = stream.length, stream.forgotten
+        copy.evicted = int((~copy.live).sum())
+        self.complete_chunks(copy)
+        return copy
+
+    # ---------------------------------------------------------------------------------------- reading
+
+    @torch.no_grad()
+    def search(self, number: int, cursor: int, query: Tensor, top_k: int) -> Hits:
+        """The top_k rows nearest to each query, best first, as a reader at this cursor sees them.
+
+        query: [h n k] -> always top_k hits, serial -1 where there are fewer rows. top_k is a multiple
+        of the chunk. Raises StoreError for a cursor that cannot be read.
+        """
+        stream, c = self.at(number, cursor), self.shape.chunk
+        query = query.to(stream.keys.buffer.dtype)
+        place = self.nearest(stream, cursor, query, top_k // c)
+        place = F.pad(place, (0, top_k // c - place.shape[-1]), value=-1)
+        return self.hits(stream, place if c == 1 else chunk_places(place, c))
+
+    def hits(self, stream: Stream, place: Tensor) -> Hits:
+        """Serials, keys and values of places: [h n j], -1 for none."""
+        h, n, j = place.shape
+        if not len(stream.serial):
+            nothing = stream.keys.buffer
+            empty = (nothing.new_zeros(h, n, j, d) for d in (self.shape.key_dim, self.shape.value_dim))
+            return Hits(place, *empty)
+        flat = rearrange(place.clamp(min=0), "h n j -> h (n j)")
+        keys, values = (
+            rearrange(column.take(flat), "h (n j) k -> h n j k", n=n)
+            for column in (stream.keys, stream.values)
+        )
+        serial = torch.where(place < 0, -1, stream.serial.newest[place.clamp(min=0)])
+        return Hits(serial, keys, values)
+
+    def nearest(self, stream: Stream, cursor: int, query: Tensor, top_k: int) -> Tensor:
+        """Places among the searched rows (chunks) of the nearest ones, -1 for none: [h n j]."""
+        rows, c = len(stream.means), self.shape.chunk
+        seen = stream.visible(cursor)
+        if c > 1 and seen is not None:
+            seen = reduce(seen[: rows * c], "(r c) -> r", "all", c=c)
+        if rows < max(self.index.exact_below, BLOCK):
+            return self.nearest_exactly(stream, seen, query, top_k)[1]
+        return self.nearest_by_index(stream, seen, query, top_k)
+
+    def nearest_exactly(
+        self, stream: Stream, seen: Tensor | None, query: Tensor, top_k: int, first: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and places of the nearest rows from place `first` on, by comparing all of them."""
+        pieces = stream.means.pieces() if not first else [stream.means.rows(first, len(stream.means))]
+        scores = [einsum(query, piece, "h n k, r h k -> h n r") for piece in pieces]
+        score = torch.cat([query.new_zeros(*query.shape[:2], 0), *scores], -1)
+        serial = stream.serial.newest[:: self.shape.chunk][first : first + score.shape[-1]]
+        if seen is not None:
+            serial = torch.where(seen[first:], serial, -1)
+        if not len(serial):
+            return score, score.long()
+        score, serial = rearrange(score, "h n r -> 1 h n r"), rearrange(serial, "r -> 1 r")
+        place = exact_search(score, serial, min(top_k, serial.shape[1]))
+        score = score.gather(-1, place.clamp(min=0)).masked_fill(place < 0, -torch.inf)
+        return score[0], torch.where(place < 0, -1, place + first)[0]
+
+    def nearest_by_index(self, stream: Stream, seen: Tensor | None, query: Tensor, top_k: int) -> Tensor:
+        """The nearest of what an index for each head proposes and of the rows it does not cover yet."""
+        if not stream.indexes:
+            stream.indexes = [SearchIndex(self.index, self.shape.key_dim) for _ in range(self.shape.heads)]
+        proposed = []
+        for head, index in enumerate(stream.indexes):
+            index.cover(len(stream.means), partial(head_rows, stream.means, head))
+            mask = None if seen is None else seen[: index.size].numpy()
+            proposed.append(index.search(query[head].float().numpy(), top_k, mask))
+        score, place = (torch.from_numpy(np.stack(part)) for part in zip(*proposed, strict=True))
+        if self.index.kind == "ivfpq":  # its scores are of compressed keys
+            score = self.true_scores(stream, query, place)
+        covered = stream.indexes[0].size
+        if covered < len(stream.means):
+            newer_score, newer = self.nearest_exactly(stream, seen, query, top_k, covered)
+            score, place = torch.cat((score.to(newer_score), newer_score), -1), torch.cat((place, newer), -1)
+        elif self.index.kind != "ivfpq":
+            return place
+        score = score.masked_fill(place < 0, -torch.inf)
+        return place.gather(-1, score.topk(top_k, -1).indices)
+
+    def true_scores(self, stream: Stream, query: Tensor, place: Tensor) -> Tensor:
+        """Inner products of queries and the rows at places: [h n k], [h n j] -> [h n j]."""
+        keys = stream.means.take(rearrange(place.clamp(min=0), "h n j -> h (n j)"))
+        keys = rearrange(keys, "h (n j) k -> h n j k", n=query.shape[1])
+        return einsum(query, keys, "h n k, h n j k -> h n j")
+
+    def weights(self, number: int, cursor: int, serial: Tensor, weight: Tensor) -> Tensor:
+        """The weight with which each row came back, for `append`; serial, weight: [h n j] -> [r]."""
+        stream = self.at(number, cursor)
+        place = torch.searchsorted(stream.serial.newest, serial.clamp(min=0).flatten())
+        total = torch.zeros(len(stream.serial), dtype=torch.float64)
+        there = (weight * (serial >= 0)).flatten().double()
+        return total.index_add_(0, place, there) if len(total) else total
+
+    def note_encoder(self, sketch: Tensor) -> None:
+        """From here on keys are made by the encoder with this sketch: its keys of fixed inputs, [... k]."""
+        sketch = sketch.detach().float().clone()
+        if not self.encoders or not torch.equal(self.encoders[-1], sketch):
+            self.encoders.append(sketch)
+
+
+def head_rows(column: Column, head: int, start: int, stop: int) -> np.ndarray:
+    """One head's rows as FAISS takes them: [m k] float32, contiguous."""
+    return np.ascontiguousarray(column.rows(start, stop)[:, head].float().numpy())
