@@ -24,6 +24,7 @@ from memlib.config.files import (
 )
 from memlib.config.schema import (
     CopyConfig,
+    HdsMemoryConfig,
     InternalMemoryConfig,
     MemoryConfig,
     ModelConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "CopyConfig",
+    "HdsMemoryConfig",
     "InternalMemoryConfig",
     "MemoryConfig",
     "ModelConfig",

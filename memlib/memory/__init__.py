@@ -7,8 +7,9 @@ below. The laws' tests, the trace and the comparison notebooks then cover it.
 from __future__ import annotations
 
 from memlib.memory.base import Memory, State
+from memlib.memory.hds import HdsMemory
 from memlib.memory.internal import InternalMemory
 
-MEMORIES: dict[str, type[Memory]] = {"internal": InternalMemory}
+MEMORIES: dict[str, type[Memory]] = {"internal": InternalMemory, "hds": HdsMemory}
 
-__all__ = ["MEMORIES", "InternalMemory", "Memory", "State"]
+__all__ = ["MEMORIES", "HdsMemory", "InternalMemory", "Memory", "State"]

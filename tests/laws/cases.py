@@ -18,7 +18,15 @@ from memlib.memory import MEMORIES
 from memlib.models import MemoryTransformer
 
 SEGMENT, VOCAB, BATCH = 4, 17, 3
-SMALL = {"num_slots": 8, "num_heads": 2}  # sizes by field name, in any memory's dataclass
+SMALL = {  # sizes by field name, in any memory's dataclass
+    "num_slots": 8,
+    "num_heads": 2,
+    "num_memories": 2,
+    "mem_dim": 6,
+    "address_dim": 4,
+    "chunk_size": 3,
+    "num_blocks": 2,
+}
 
 SHARINGS = ("shared", "per_layer", "every_k_layers")
 FUSIONS = {
