@@ -26,6 +26,7 @@ from memlib.config.files import (
 from memlib.config.schema import (
     CopyConfig,
     ExternalMemoryConfig,
+    HdsMemoryConfig,
     IndexConfig,
     InternalMemoryConfig,
     MemoryConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "CopyConfig",
     "ExternalMemoryConfig",
     "IndexConfig",
+    "HdsMemoryConfig",
     "InternalMemoryConfig",
     "MemoryConfig",
     "ModelConfig",

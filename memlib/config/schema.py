@@ -169,6 +169,35 @@ class ExternalMemoryConfig(MemoryOptions):
 
 
 @dataclass(kw_only=True)
+class HdsMemoryConfig(MemoryOptions):
+    """The hierarchy of levels over several banks that forget at their own pace (spec C1-C4)."""
+
+    num_memories: int = option(8, "banks K, each with its own addresses and its own half-life", 1)
+    num_slots: int = option(1024, "slots M of each bank", 1)
+    mem_dim: int = option(512, "width of a slot", 1)
+    address_dim: int = option(64, "width of a bank's addresses", 1)
+    chunk_size: int = option(64, "tokens in a block of level 1", 1)
+    num_blocks: int = option(32, "complete blocks that level 1 keeps, the newest", 1)
+    half_life_min: float = option(1.0, "half-life of the fastest bank at the start, in segments", 0.0)
+    half_life_max: float = option(128.0, "half-life of the slowest bank; the others lie evenly between", 0.0)
+    decay: Literal["trained", "fixed"] = option(
+        "trained", "trained: half-lives and the decay per token are learned; fixed: as they start"
+    )
+    address_sharpness: float = option(4.0, "initial scale of the address scores", 0.0)
+    shift_init: float = option(
+        1.0, "a write's key starts as this part previous token, the rest current", 0.0, 1.0
+    )
+    input_bias: float = option(0.0, "initial bias of the input gate")
+
+    def check(self, model: ModelConfig, path: str) -> None:
+        if self.half_life_min <= 0 or self.half_life_max < self.half_life_min:
+            raise ConfigError(
+                f"{path}.half_life_min, half_life_max = {self.half_life_min:g}, {self.half_life_max:g}: "
+                "both in segments, above 0, the second not below the first"
+            )
+
+
+@dataclass(kw_only=True)
 class MemoryConfig:
     """What remembers, in which layers, shared how, and fused how."""
 
@@ -194,6 +223,7 @@ class MemoryConfig:
     wo_init_zero: bool = option(True, "residual fusion only: W_o starts at zero")
     internal: InternalMemoryConfig = option(InternalMemoryConfig, "LM2's internal memory")
     external: ExternalMemoryConfig = option(ExternalMemoryConfig, "external memory, by retrieval")
+    hds: HdsMemoryConfig = option(HdsMemoryConfig, "hierarchy of levels over several decaying banks")
 
 
 @dataclass(kw_only=True)

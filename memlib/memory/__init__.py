@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from memlib.memory.base import Memory, State
 from memlib.memory.external import ExternalMemory
+from memlib.memory.hds import HdsMemory
 from memlib.memory.internal import InternalMemory
 
-MEMORIES: dict[str, type[Memory]] = {"internal": InternalMemory, "external": ExternalMemory}
+MEMORIES: dict[str, type[Memory]] = {
+    "internal": InternalMemory,
+    "hds": HdsMemory,
+    "external": ExternalMemory,
+}
 
-__all__ = ["MEMORIES", "ExternalMemory", "InternalMemory", "Memory", "State"]
+__all__ = ["MEMORIES", "ExternalMemory", "HdsMemory", "InternalMemory", "Memory", "State"]

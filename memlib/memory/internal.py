@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlib.config import InternalMemoryConfig
+from memlib.memory.address import SlotAddress
 from memlib.memory.base import Memory, State
 from memlib.memory.gates import Gate, identity_slots
 from memlib.nn.norm import RMSNorm
@@ -50,7 +51,9 @@ class InternalMemory(Memory):
         slot_dim = config.slot_dim or hidden_dim
         self.register_buffer("start", identity_slots(config.num_slots, slot_dim), persistent=False)
         if config.write == "addressed":
-            address = SlotAddress(config, hidden_dim, slot_dim)
+            address = SlotAddress(
+                hidden_dim, config.num_slots, config.num_heads, slot_dim, config.address_sharpness
+            )
             self.reader: nn.Module = AddressedRead(config, hidden_dim, slot_dim, address)
             self.writer: nn.Module = AddressedWrite(config, hidden_dim, slot_dim, address)
         else:
@@ -80,31 +83,6 @@ class OutputGate(nn.Module):
 
     def forward(self, read: Tensor) -> Tensor:
         return self.probe(torch.sigmoid(self.gate(read))) * read
-
-
-class SlotAddress(nn.Module):
-    """Which slots a feature vector means, by h independent address books over s / h slots each.
-
-        a = softmax(sharpness * (x W_a)_h . address_hs)   within each head's slots
-
-    One address for reading and writing, so that what is filed under a key is found by that key from the
-    first step on. Sharp from the start, a head is a random hash; two keys that share a slot of one head
-    seldom share one of the next, so a few heads survive the collisions that one does not (docs/diary.md).
-    x: [b n d] -> [b n s], summing to 1 over each head's slots.
-    """
-
-    def __init__(self, config: InternalMemoryConfig, hidden_dim: int, slot_dim: int) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.proj = nn.Linear(hidden_dim, slot_dim, bias=False)
-        rows = identity_slots(config.num_slots, slot_dim // config.num_heads)
-        self.table = nn.Parameter(rearrange(rows, "(s h) k -> h s k", h=config.num_heads).contiguous())
-        self.sharpness = nn.Parameter(torch.tensor(config.address_sharpness))
-
-    def forward(self, features: Tensor) -> Tensor:
-        query = rearrange(self.proj(features), "b n (h k) -> b n h k", h=self.num_heads)
-        score = einsum(query, self.table, "b n h k, h s k -> b n h s")
-        return rearrange(torch.softmax(self.sharpness * score, -1), "b n h s -> b n (h s)")
 
 
 class AddressedRead(nn.Module):

@@ -18,12 +18,17 @@ from memlib.memory import MEMORIES
 from memlib.models import MemoryTransformer
 
 SEGMENT, VOCAB, BATCH = 4, 17, 3
-SMALL = {
+SMALL = {  # sizes by field name, in any memory's dataclass
     "num_slots": 8,
     "num_heads": 2,
+    "num_memories": 2,
+    "mem_dim": 6,
+    "address_dim": 4,
+    "chunk_size": 3,
+    "num_blocks": 2,
     "capacity": 12,
     "top_k": 3,
-}  # sizes by field name, in any memory's dataclass
+}
 
 SHARINGS = ("shared", "per_layer", "every_k_layers")
 FUSIONS = {

@@ -1,0 +1,281 @@
+"""The hierarchy of states (HDS): four levels a token may ask, from itself to banks that outlive sequences.
+
+    level 0   h_t, the token itself                                        [b n d]
+    level 1   the newest complete blocks of chunk_size tokens              [b r d]
+    level 2   a summary of the sequence so far                             [b d]
+    level 3   K banks of M slots, each with its own addresses and pace     [b k s e]
+
+A token asks all levels and a gate of its own mixes what they answer.
+
+Axes: b batch, n tokens of a segment, r kept blocks, m blocks a segment can complete, k banks, s slots of
+a bank, e slot width, d hidden.
+
+Choices where the documents ("MM-Rec", spec C1-C4) leave them open:
+
+- The documents want M <- M decay + new, never a plain overwrite: nothing is erased but by decay.
+- Decay is per token and bank [b n k], as they want. What a token multiplies a bank with is
+  2^(-u_tk / (H_k n)): a segment of n neutral tokens (u = 1) takes a bank down by half in H_k segments.
+- A bank's slots are chosen by the addresses that made the internal memory learn (docs/diary.md), one book
+  a bank. Which banks a token writes to, and which it reads, it chooses by two more gates.
+- A block is visible when it is complete, and like everything else from the next segment on: inside a
+  segment there is attention. Blocks count real tokens only, and may straddle segments.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from einops import einsum, rearrange, reduce, repeat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memlib.config import HdsMemoryConfig
+from memlib.memory.address import SlotAddress
+from memlib.memory.base import Memory, State
+from memlib.memory.gates import Gate
+from memlib.nn.probe import Probe
+
+LEVELS = 4
+
+
+@dataclass(frozen=True)
+class BlockState(State):
+    """blocks: [b r d], oldest first; complete: [b r], which of them exist; open: [b d], the sum over the
+    block under way; filled: [b], its tokens so far."""
+
+    blocks: Tensor
+    complete: Tensor
+    open: Tensor
+    filled: Tensor
+
+
+@dataclass(frozen=True)
+class SummaryState(State):
+    """mean: [b d] over the count: [b] tokens of the sequence so far."""
+
+    mean: Tensor
+    count: Tensor
+
+
+@dataclass(frozen=True)
+class HdsState(State):
+    """Levels 1 and 2, and the banks of level 3: [b k s e]."""
+
+    level_1: BlockState
+    level_2: SummaryState
+    banks: Tensor
+
+
+class HdsMemory(Memory):
+    """y_t = sum_l g_tl level_l(h_t),  g_t = softmax(h_t W + b): the levels of the hierarchy, mixed."""
+
+    def __init__(self, config: HdsMemoryConfig, hidden_dim: int) -> None:
+        super().__init__()
+        self.token = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.blocks = BlockLevel(config, hidden_dim)
+        self.summary = SummaryLevel(hidden_dim)
+        self.banks = BankLevel(config, hidden_dim)
+        self.gate = Gate(hidden_dim, LEVELS)
+        self.level_probe = Probe("batch token level")
+
+    def init_state(self, batch_size: int) -> HdsState:
+        return HdsState(
+            self.blocks.init_state(batch_size),
+            self.summary.init_state(batch_size),
+            self.banks.init_state(batch_size),
+        )
+
+    def read(self, hidden: Tensor, state: HdsState) -> Tensor:
+        levels = [
+            self.token(hidden),
+            self.blocks.read(hidden, state.level_1),
+            self.summary.read(hidden, state.level_2),
+            self.banks.read(hidden, state.banks),
+        ]
+        weight = self.level_probe(torch.softmax(self.gate(hidden), -1))
+        return einsum(weight, torch.stack(levels, -2), "b n l, b n l d -> b n d")
+
+    def write(self, hidden: Tensor, state: HdsState, mask: Tensor) -> HdsState:
+        return HdsState(
+            self.blocks.write(hidden, state.level_1, mask),
+            self.summary.write(hidden, state.level_2, mask),
+            self.banks.write(hidden, state.banks, mask),
+        )
+
+    @property
+    def half_lives(self) -> Tensor:
+        """Segments in which each bank falls to half, for neutral tokens: [k], fastest first at the start."""
+        return self.banks.half_lives
+
+
+class BlockLevel(nn.Module):
+    """Level 1: attention over the means of the newest complete blocks; hidden: [b n d] -> [b n d].
+
+    While there is no complete block a token finds nothing: an empty block with a learned key and no
+    content is always there to look at.
+    """
+
+    def __init__(self, config: HdsMemoryConfig, hidden_dim: int) -> None:
+        super().__init__()
+        self.chunk_size, self.num_blocks, self.hidden_dim = config.chunk_size, config.num_blocks, hidden_dim
+        self.q_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.empty_key = nn.Parameter(torch.zeros(hidden_dim))
+        self.weight_probe = Probe("batch token block")
+
+    def init_state(self, batch_size: int) -> BlockState:
+        like = self.empty_key
+        blocks = like.new_zeros(batch_size, self.num_blocks, self.hidden_dim)
+        none = torch.zeros(batch_size, self.num_blocks, dtype=torch.bool, device=like.device)
+        filled = torch.zeros(batch_size, dtype=torch.long, device=like.device)
+        return BlockState(blocks, none, like.new_zeros(batch_size, self.hidden_dim), filled)
+
+    def read(self, hidden: Tensor, state: BlockState) -> Tensor:
+        empty = repeat(self.empty_key, "d -> b 1 d", b=len(hidden))
+        keys = torch.cat((empty, self.k_proj(state.blocks)), 1)
+        score = einsum(self.q_proj(hidden), keys, "b n d, b r d -> b n r") * hidden.shape[-1] ** -0.5
+        there = rearrange(F.pad(state.complete, (1, 0), value=True), "b r -> b 1 r")
+        weight = self.weight_probe(torch.softmax(score.masked_fill(~there, -torch.inf), -1))
+        return einsum(weight[:, :, 1:], self.v_proj(state.blocks), "b n r, b r d -> b n d")
+
+    def write(self, hidden: Tensor, state: BlockState, mask: Tensor) -> BlockState:
+        """Put the segment's tokens into blocks; those that are complete join the kept ones.
+
+        With p = tokens of the open block before a token, the token belongs to block p // C of this
+        segment's blocks (the open one is block 0). Rows with padding complete theirs at other tokens.
+        """
+        most = (self.chunk_size - 1 + hidden.shape[1]) // self.chunk_size  # blocks a segment can complete
+        place = rearrange(state.filled, "b -> b 1") + torch.cumsum(mask, 1) - mask.long()
+        belongs = F.one_hot(place // self.chunk_size, most + 1).to(hidden) * rearrange(mask, "b n -> b n 1")
+        sums = einsum(belongs, hidden, "b n m, b n d -> b m d")
+        sums = torch.cat((rearrange(state.open + sums[:, 0], "b d -> b 1 d"), sums[:, 1:]), 1)
+        total = state.filled + mask.sum(1)
+        done = total // self.chunk_size  # [b], complete blocks
+
+        # The newest r of [kept; completed now]: a window that starts `done` places further on.
+        means = torch.cat((state.blocks, sums / self.chunk_size), 1)
+        new = torch.arange(most + 1, device=hidden.device) < rearrange(done, "b -> b 1")
+        exist = torch.cat((state.complete, new), 1)
+        window = torch.arange(self.num_blocks, device=hidden.device) + rearrange(done, "b -> b 1")
+        row = torch.arange(len(hidden), device=hidden.device)
+        kept = means[rearrange(row, "b -> b 1"), window]
+        return BlockState(kept, exist.gather(1, window), sums[row, done], total % self.chunk_size)
+
+
+class SummaryLevel(nn.Module):
+    """Level 2: one vector for the sequence so far, the mean of its tokens; hidden: [b n d] -> [b n d]."""
+
+    def __init__(self, hidden_dim: int) -> None:
+        super().__init__()
+        self.v_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.hidden_dim = hidden_dim
+
+    def init_state(self, batch_size: int) -> SummaryState:
+        like = self.v_proj.weight
+        return SummaryState(like.new_zeros(batch_size, self.hidden_dim), like.new_zeros(batch_size))
+
+    def read(self, hidden: Tensor, state: SummaryState) -> Tensor:
+        return repeat(self.v_proj(state.mean), "b d -> b n d", n=hidden.shape[1])
+
+    def write(self, hidden: Tensor, state: SummaryState, mask: Tensor) -> SummaryState:
+        """mean' = mean + (sum of the new tokens - their number * mean) / count'."""
+        number = mask.sum(1).to(hidden)
+        count = state.count + number
+        new = einsum(hidden, mask.to(hidden), "b n d, b n -> b d")
+        change = new - state.mean * rearrange(number, "b -> b 1")
+        return SummaryState(state.mean + change / rearrange(count.clamp(min=1), "b -> b 1"), count)
+
+
+class BankLevel(nn.Module):
+    """Level 3: K banks that accumulate and decay, each at its own pace.
+
+        M_k <- M_k prod_t decay_tk + sum_t prod_{u>t} decay_uk  i_t p_tk a_tks v_t
+        y_t  = (sum_k r_tk a_tk M_k) W_o
+
+    a: address in each bank's book, of the token before when writing (token shift), of the token itself
+    when reading; i: input gate; p, r: softmax over banks, how much of a token goes to which bank and how
+    much of its reading comes from it; v = tanh(x W_v). Spec C1, C3, C4.
+    """
+
+    def __init__(self, config: HdsMemoryConfig, hidden_dim: int) -> None:
+        super().__init__()
+        k, m, e = config.num_memories, config.num_slots, config.mem_dim
+        self.num_memories, self.num_slots, self.mem_dim = k, m, e
+        self.address = SlotAddress(hidden_dim, k * m, k, k * config.address_dim, config.address_sharpness)
+        self.shift = nn.Parameter(torch.full((hidden_dim,), config.shift_init))
+        self.v_proj = nn.Linear(hidden_dim, e, bias=False)
+        self.o_proj = nn.Linear(e, hidden_dim, bias=False)
+        self.input_gate = Gate(2 * hidden_dim, 1, config.input_bias)
+        self.write_gate, self.read_gate = Gate(2 * hidden_dim, k), Gate(hidden_dim, k)
+        low, high = math.log2(config.half_life_min), math.log2(config.half_life_max)
+        spectrum = torch.linspace(low, high, k) if k > 1 else torch.tensor([high])
+        self.log_half_life = nn.Parameter(spectrum, requires_grad=config.decay == "trained")
+        self.pace_gate = Gate(2 * hidden_dim, k) if config.decay == "trained" else None
+        # Recorded under the names that every slot memory's points have.
+        self.reader = nn.ModuleDict({"weight_probe": Probe("batch token slot")})
+        self.writer = nn.ModuleDict(
+            {
+                "weight_probe": Probe("batch token slot"),
+                "input_probe": Probe("batch token"),
+                "bank_probe": Probe("batch token bank"),
+                "decay_probe": Probe("batch token bank"),
+            }
+        )
+        self.before_probe, self.after_probe = Probe("batch slot feature"), Probe("batch slot feature")
+
+    @property
+    def half_lives(self) -> Tensor:
+        return torch.exp2(self.log_half_life)
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return self.v_proj.weight.new_zeros(batch_size, self.num_memories, self.num_slots, self.mem_dim)
+
+    def by_bank(self, address: Tensor) -> Tensor:
+        return rearrange(address, "b n (k s) -> b n k s", k=self.num_memories)
+
+    def read(self, hidden: Tensor, banks: Tensor) -> Tensor:
+        share = torch.softmax(self.read_gate(hidden), -1)
+        weight = self.by_bank(self.address(hidden)) * rearrange(share, "b n k -> b n k 1")
+        weight = self.by_bank(self.reader["weight_probe"](rearrange(weight, "b n k s -> b n (k s)")))
+        return self.o_proj(einsum(weight, banks, "b n k s, b k s e -> b n e"))
+
+    def write(self, hidden: Tensor, banks: Tensor, mask: Tensor) -> Tensor:
+        banks = self.record(banks, self.before_probe)
+        hidden = hidden * rearrange(mask, "b n -> b n 1")
+        before = F.pad(hidden, (0, 0, 1, 0))[:, :-1]
+        context = torch.cat((hidden, before), -1)
+        opened = rearrange(torch.sigmoid(self.input_gate(context)), "b n 1 -> b n")
+        opened = self.writer["input_probe"](opened) * mask
+        share = self.writer["bank_probe"](torch.softmax(self.write_gate(context), -1))
+        address = self.writer["weight_probe"](self.address(torch.lerp(hidden, before, self.shift)))
+        log_decay = self.log_decay(context, mask)
+        total = reduce(log_decay, "b n k -> b 1 k", "sum")
+        later = torch.exp(total - torch.cumsum(log_decay, 1))
+        strength = share * later * rearrange(opened, "b n -> b n 1")
+        new = einsum(
+            self.by_bank(address),
+            strength,
+            torch.tanh(self.v_proj(hidden)),
+            "b n k s, b n k, b n e -> b k s e",
+        )
+        return self.record(banks * rearrange(torch.exp(total), "b 1 k -> b k 1 1") + new, self.after_probe)
+
+    def log_decay(self, context: Tensor, mask: Tensor) -> Tensor:
+        """ln of what each token multiplies each bank with: [b n k]; 0 for padding.
+
+        = -u ln 2 / (H n), with u = 2 sigma(context W + b), which is 1 at the start.
+        """
+        pace = rearrange(mask, "b n -> b n 1") / (self.half_lives * mask.shape[1])
+        if self.pace_gate is not None:
+            pace = pace * 2 * torch.sigmoid(self.pace_gate(context))
+        decay = -math.log(2) * pace
+        self.writer["decay_probe"](torch.exp(decay))
+        return decay
+
+    def record(self, banks: Tensor, probe: Probe) -> Tensor:
+        """Let a recording see all banks as one row of slots."""
+        slots = probe(rearrange(banks, "b k s e -> b (k s) e"))
+        return rearrange(slots, "b (k s) e -> b k s e", k=self.num_memories)
