@@ -11,13 +11,22 @@ import pytest
 
 LIVE = [
     """
-from memlib import Trainer, load_config, override
-from memlib.lab.widgets import Form, watch
+from memlib import Trainer, load_config, override, record
+from memlib.lab.widgets import Form, gates_over_time, watch
 from memlib.lab.widgets.slots import slot_view
 import numpy as np
 
 trainer = Trainer(override(load_config("recall_internal"), {"training.max_steps": 100_000}))
-run = watch(trainer, measure=lambda: {"half": 0.5})
+example = trainer.task.batch(1, 0, split="test").tokens
+
+
+def look():
+    with record(trainer.model) as trace:
+        trainer.model(example)
+    return gates_over_time(trace, segment_length=16)
+
+
+run = watch(trainer, measure=lambda: {"half": 0.5}, look=look, every=3)
 run
 """,
     "trained = await run.finished()",
@@ -67,6 +76,10 @@ def test_a_run_is_watched_paused_and_stopped(lab, live, open_sheet, screenshot):
     first = figure.image()
     figure.wait("f => Number(f.dataset.time) > 12", 60)
     assert figure.image() != first
+    gates = sheet.figure("strips")
+    early, drawn = gates.image(), int(gates.data("paints"))
+    gates.wait(f"f => Number(f.dataset.paints) > {drawn}", 60)
+    assert gates.image() != early, "the gates are those of the model as it trains"
 
     button = figure.locator.get_by_role("button", name="Pause")
     button.click()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import ipywidgets
 import numpy as np
 
 from memlib.lab.pictures import colour_of
@@ -32,10 +33,15 @@ class Watched:
     """A run on a background thread; `watch` starts it."""
 
     def __init__(
-        self, trainer: Trainer, until: int | None, measure: Callable[[], dict[str, float]] | None, every: int
+        self,
+        trainer: Trainer,
+        until: int | None,
+        measure: Callable[[], dict[str, float]] | None,
+        look: Callable[[], View] | None,
+        every: int,
     ) -> None:
         training = trainer.config.training
-        self.trainer, self.measure, self.every = trainer, measure, every
+        self.trainer, self.measure, self.look, self.every = trainer, measure, look, every
         self.until = training.max_steps if until is None else min(until, training.max_steps)
         self.records: list[tuple[int, dict[str, float]]] = []
         self.measured: dict[str, float] = {}
@@ -45,6 +51,10 @@ class Watched:
         self.paused = False
         self.pushed, self.pushes = 0.0, 0
         self.stage: Stage | None = None
+        trainer.model.eval()
+        # The first look is before the first step: later only the thread that trains may look.
+        self.seen: View | None = look() if look is not None else None
+        self.window: Stage | None = None
         self.thread = threading.Thread(target=self.work, name="memlib-training", daemon=True)
 
     # What the buttons do.
@@ -95,11 +105,15 @@ class Watched:
             self.error = error
         finally:
             self.stopped = True
-            self.push(force=True)
+            # Kept by the widgets, and not only sent: a page that opens later shows how the run ended.
+            if self.stage is not None:
+                self.stage.show(self.curves())
+            if self.window is not None and self.seen is not None:
+                self.window.show(self.seen)
 
     def on_step(self, step: int, record: dict[str, float]) -> bool:
-        if self.measure is not None and (step % self.every == 0 or step == self.until):
-            self.measured = self.measure()
+        if step % self.every == 0 or step == self.until:
+            self.take_a_look()
         self.records.append((step, {**record, **self.measured}))
         with self.gate:
             self.singles = max(0, self.singles - 1)
@@ -107,6 +121,16 @@ class Watched:
             while self.paused and not self.singles and not self.stopped:
                 self.gate.wait()
             return not self.stopped
+
+    def take_a_look(self) -> None:
+        """What is measured and seen between two steps, with the model as in use."""
+        self.trainer.model.eval()  # the next step sets it back
+        if self.measure is not None:
+            self.measured = self.measure()
+        if self.look is not None:
+            self.seen = self.look()
+        if self.window is not None and self.seen is not None:
+            self.window.push(self.seen)
 
     # What is shown.
 
@@ -136,22 +160,29 @@ class Watched:
             self.stage = self.curves().live()
             for name in ("pause", "step", "stop"):
                 self.stage.on_action(name, getattr(self, name))
-        bundle, metadata = self.stage._repr_mimebundle_(**options) or ({}, {})
-        return {**bundle, "text/plain": f"a run of {self.until} steps, {self.state}"}, metadata
+        shown = self.stage
+        if self.seen is not None:
+            self.window = self.window or self.seen.live()
+            shown = ipywidgets.VBox([self.stage, self.window])
+        bundle = shown._repr_mimebundle_(**options)
+        data = bundle[0] if isinstance(bundle, tuple) else bundle
+        return {**(data or {}), "text/plain": f"a run of {self.until} steps, {self.state}"}, {}
 
 
 def watch(
     trainer: Trainer,
     until: int | None = None,
     measure: Callable[[], dict[str, float]] | None = None,
+    look: Callable[[], View] | None = None,
     every: int = 10,
 ) -> Watched:
     """Train on a background thread, up to step `until`, and show it.
 
-    measure: what else to show, numbers in 0 … 1 by name, taken each `every` steps (it runs on the
-    training thread, between two steps). The weights are those of `trainer.train()`, bit for bit.
+    measure: what else to show, numbers in 0 … 1 by name; look: a view of the model as it is now. Both
+    are taken each `every` steps, on the training thread between two steps. The weights are those of
+    `trainer.train()`, bit for bit, as long as neither draws random numbers.
     """
-    run = Watched(trainer, until, measure, every)
+    run = Watched(trainer, until, measure, look, every)
     run.thread.start()
     return run
 

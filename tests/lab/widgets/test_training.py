@@ -8,7 +8,8 @@ import time
 import pytest
 import torch
 
-from memlib import Trainer, load_config, override
+from memlib import Trainer, load_config, override, record
+from memlib.lab.widgets import gates_over_time
 from memlib.lab.widgets import training as module
 from memlib.lab.widgets.training import POINTS, training_view, watch
 
@@ -77,6 +78,30 @@ def test_measures_are_in_the_curve():
     assert view.words["names"] == ["accuracy", "half"] and view.words["state"] == "finished"
     assert view.arrays["parts"][1].tolist() == [-1, -1, -1] + [0.5] * 9
     assert view.arrays["steps"].tolist() == list(range(1, 13))
+
+
+def test_looking_inside_changes_nothing_and_shows_the_model_of_now():
+    """With dropout on: a look that left the model, or the random numbers, otherwise would show."""
+    plain = trainer(**{"model.dropout": 0.2})
+    plain.train(progress=False)
+    mine = trainer(**{"model.dropout": 0.2})
+    tokens = mine.task.batch(1, 0, split="test").tokens
+    seen = []
+
+    def look():
+        assert not mine.model.training
+        with record(mine.model) as trace, torch.no_grad():
+            mine.model(tokens)
+        seen.append(gates_over_time(trace, segment_length=16))
+        return seen[-1]
+
+    run = watch(mine, look=look, every=4)
+    run._repr_mimebundle_()
+    run.wait()
+    for p, q in zip(plain.model.parameters(), mine.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert run.window.view is seen[-1] and len(seen) >= 3
+    assert not (seen[0].arrays["lines"] == seen[-1].arrays["lines"]).all()
 
 
 def test_pushes_are_dropped_beyond_the_rate(monkeypatch):

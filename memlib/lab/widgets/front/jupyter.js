@@ -3,9 +3,13 @@ const copied = (view) => view.buffer.slice(view.byteOffset, view.byteOffset + vi
 
 function render({ model, el }) {
   const stage = mount(el, decode(copied(model.get("frame"))), (message) => model.send(message));
-  const changed = () => stage.show(decode(copied(model.get("frame"))));
-  // A view that grows while it is watched: only the newest push of a screen's refresh is drawn.
+  // A view that grows while it is watched: only the newest push of a screen's refresh is drawn, and none
+  // that came before a frame that is kept.
   let newest = null;
+  const changed = () => {
+    newest = null;
+    stage.show(decode(copied(model.get("frame"))));
+  };
   const heard = (message, buffers) => {
     if (message.type === "go") stage.go(message.change);
     if (message.type !== "push") return;
@@ -14,7 +18,7 @@ function render({ model, el }) {
     if (first) requestAnimationFrame(() => {
       const push = newest;
       newest = null;
-      stage.show(decode(copied(push)));
+      if (push) stage.show(decode(copied(push)));
     });
   };
   model.on("change:frame", changed);
