@@ -6,7 +6,7 @@ import pytest
 
 from memlib.evaluation.retrieval import measure_index
 
-# The hits' keys and values are fetched too, which FAISS alone does not do: beside IVF's short search it shows.
+# The hits' keys and values are fetched too, which FAISS does not do: beside IVF's short search it shows.
 MOST = {"flat": 1.15, "hnsw": 1.15, "ivf": 1.5}
 
 
