@@ -35,7 +35,7 @@ def test_train_eval_resume(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["train", "nowhere"], "no such file or preset; presets: passkey_internal"),
+        (["train", "nowhere"], "no such file or preset; presets: passkey_baseline"),
         (["train", "recall_internal", "model.hidden=3"], "model.hidden: unknown key"),
         (["train", "recall_internal", "model"], "expected path=value"),
         (["train", "recall_internal", "model.vocab_size=9"], "task recall has 50 tokens; raise it"),
@@ -79,3 +79,14 @@ def test_doctor(capsys):
 def test_every_preset_takes_a_step(name):
     config = override(load_config(name), {"training.max_steps": 1, "training.batch_size": 2})
     assert Trainer(config).train(progress=False)["loss"] > 0
+
+
+def test_retrieval_prints_latency_with_recall(tmp_path, capsys):
+    words = ["retrieval", "--keys", "600", "--dim", "8", "--index", "torch", "hnsw"]
+    assert main([*words, "--json", str(tmp_path / "r.json")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("| keys | index | ms per batch | recall |") and len(said) == 4
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [r["index"] for r in found] == ["torch", "hnsw"] and found[0]["recall"] == 1
+    assert main([*words[:-1], "tree"]) == 2
+    assert "--index 'tree': known: torch, flat" in capsys.readouterr().err

@@ -30,6 +30,18 @@ def test_results_are_of_the_shipped_presets(task):
         assert result.steps == config.training.max_steps
 
 
+def test_a_passkey_is_found_behind_64_windows_and_more():
+    results = read_json(ROOT / "docs" / "results" / "passkey.json")
+    assert len({r.seed for r in results}) >= 3
+    for result in results:
+        for segments, score in result.accuracy.items():
+            if result.name.endswith("_baseline"):
+                assert abs(score - result.chance) <= 0.02
+            else:
+                assert score >= 0.98 or segments < 64
+        assert {66, 128} <= set(result.accuracy) and result.cpu_seconds <= 60
+
+
 @pytest.mark.parametrize(("task", "least"), [("recall", 0.99), ("rewrite", 0.95)])
 def test_results_hold_the_claims(task, least):
     """Three seeds within 60 CPU-seconds, 0.90 on 32 segments, and controls at chance."""

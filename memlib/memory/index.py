@@ -17,7 +17,7 @@ import numpy as np
 
 from memlib.config import IndexConfig
 
-BLOCK = 1024  # vectors are added in whole blocks; what is newer is searched exactly by the store
+BLOCK = 256  # vectors are added in whole blocks; what is newer is searched exactly by the store
 
 
 class SearchIndex:

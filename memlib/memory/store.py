@@ -207,25 +207,19 @@ class Store:
         if c > 1 and seen is not None:
             seen = reduce(seen[: rows * c], "(r c) -> r", "all", c=c)
         if rows < max(self.index.exact_below, BLOCK):
-            return self.nearest_exactly(stream, seen, query, top_k)[1]
+            return self.nearest_exactly(stream, seen, query, top_k)
         return self.nearest_by_index(stream, seen, query, top_k)
 
-    def nearest_exactly(
-        self, stream: Stream, seen: Tensor | None, query: Tensor, top_k: int, first: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """Scores and places of the nearest rows from place `first` on, by comparing all of them."""
-        pieces = stream.means.pieces() if not first else [stream.means.rows(first, len(stream.means))]
-        scores = [einsum(query, piece, "h n k, r h k -> h n r") for piece in pieces]
-        score = torch.cat([query.new_zeros(*query.shape[:2], 0), *scores], -1)
-        serial = stream.serial.newest[:: self.shape.chunk][first : first + score.shape[-1]]
+    def nearest_exactly(self, stream: Stream, seen: Tensor | None, query: Tensor, top_k: int) -> Tensor:
+        """Places of the nearest rows, by comparing all of them."""
+        scores = [einsum(query, piece, "h n k, r h k -> h n r") for piece in stream.means.pieces()]
+        if not scores:
+            return torch.empty(*query.shape[:2], 0, dtype=torch.int64)
+        score = rearrange(torch.cat(scores, -1), "h n r -> 1 h n r")
+        serial = stream.serial.newest[:: self.shape.chunk][: score.shape[-1]]
         if seen is not None:
-            serial = torch.where(seen[first:], serial, -1)
-        if not len(serial):
-            return score, score.long()
-        score, serial = rearrange(score, "h n r -> 1 h n r"), rearrange(serial, "r -> 1 r")
-        place = exact_search(score, serial, min(top_k, serial.shape[1]))
-        score = score.gather(-1, place.clamp(min=0)).masked_fill(place < 0, -torch.inf)
-        return score[0], torch.where(place < 0, -1, place + first)[0]
+            serial = torch.where(seen, serial, -1)
+        return exact_search(score, rearrange(serial, "r -> 1 r"), min(top_k, len(serial)))[0]
 
     def nearest_by_index(self, stream: Stream, seen: Tensor | None, query: Tensor, top_k: int) -> Tensor:
         """The nearest of what an index for each head proposes and of the rows it does not cover yet."""
@@ -239,14 +233,15 @@ class Store:
         score, place = (torch.from_numpy(np.stack(part)) for part in zip(*proposed, strict=True))
         if self.index.kind == "ivfpq":  # its scores are of compressed keys
             score = self.true_scores(stream, query, place)
-        covered = stream.indexes[0].size
-        if covered < len(stream.means):
-            newer_score, newer = self.nearest_exactly(stream, seen, query, top_k, covered)
-            score, place = torch.cat((score.to(newer_score), newer_score), -1), torch.cat((place, newer), -1)
-        elif self.index.kind != "ivfpq":
-            return place
-        score = score.masked_fill(place < 0, -torch.inf)
-        return place.gather(-1, score.topk(top_k, -1).indices)
+        score = score.to(query.dtype).masked_fill_(place < 0, -torch.inf)
+        covered, rows = stream.indexes[0].size, len(stream.means)
+        newer = torch.arange(covered, rows)
+        if seen is not None:
+            newer = torch.where(seen[covered:], newer, -1)
+        newer_score = einsum(query, stream.means.rows(covered, rows), "h n k, r h k -> h n r")
+        newer_score.masked_fill_(newer < 0, -torch.inf)
+        place = torch.cat((place, newer.expand_as(newer_score)), -1)
+        return place.gather(-1, torch.cat((score, newer_score), -1).topk(top_k, -1).indices)
 
     def true_scores(self, stream: Stream, query: Tensor, place: Tensor) -> Tensor:
         """Inner products of queries and the rows at places: [h n k], [h n j] -> [h n j]."""

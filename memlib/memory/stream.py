@@ -68,14 +68,16 @@ class Column:
     def take(self, place: Tensor) -> Tensor:
         """Head h's part of the rows it asks for; of rows [h k], place: [h x] -> [h x k]."""
         heads = rearrange(torch.arange(len(place)), "h -> h 1")
-        pieces, found, first = list(self.pieces()), None, 0
-        for piece in pieces:
-            inside = place - first if len(pieces) == 1 else (place - first).clamp(0, len(piece) - 1)
+        found, first = None, 0
+        for piece in self.pieces():
+            inside = (place - first).clamp_(0, len(piece) - 1) if self.mapped else place
             lines = rearrange(inside * len(place) + heads, "h x -> (h x)")
             part = rearrange(piece, "r h k -> (r h) k").index_select(0, lines)
             part = rearrange(part, "(h x) k -> h x k", h=len(place))
-            here = rearrange(place >= first, "h x -> h x 1")
-            found = part if found is None else torch.where(here, part, found)
+            if found is None:
+                found = part
+            else:
+                found = torch.where(rearrange(place >= first, "h x -> h x 1"), part, found)
             first += len(piece)
         return self.buffer.new_zeros(*place.shape, self.buffer.shape[-1]) if found is None else found
 

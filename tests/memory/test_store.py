@@ -63,7 +63,7 @@ def test_search_is_the_naive_search(rows, exact_below):
 @pytest.mark.parametrize("kind", ["flat", "ivf", "ivfpq", "hnsw"])
 def test_every_index_finds_a_key_that_was_stored(kind):
     made, keys, _ = filled(2 * BLOCK + 5, kind=kind, exact_below=0)
-    asked = [0, 700, 2 * BLOCK - 1, 2 * BLOCK + 4]
+    asked = [0, 300, 2 * BLOCK - 1, 2 * BLOCK + 4]
     found = made.search(0, 2 * BLOCK + 5, keys[:, asked], 4)
     assert torch.equal(found.serial[..., 0], torch.tensor([asked] * H))
 
