@@ -25,6 +25,7 @@ from memlib.config.files import (
 from memlib.config.schema import (
     CopyConfig,
     InternalMemoryConfig,
+    LtmMemoryConfig,
     MemoryConfig,
     ModelConfig,
     PasskeyConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "ConfigError",
     "CopyConfig",
     "InternalMemoryConfig",
+    "LtmMemoryConfig",
     "MemoryConfig",
     "ModelConfig",
     "PasskeyConfig",

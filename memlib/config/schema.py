@@ -73,6 +73,39 @@ class InternalMemoryConfig(MemoryOptions):
 
 
 @dataclass(kw_only=True)
+class LtmMemoryConfig(MemoryOptions):
+    """The LTM transformer's bank: compression gate, gated update, attention over slots (spec B1-B3)."""
+
+    num_slots: int = option(512, "slots s of the bank", 1)
+    slot_dim: int = option(64, "width of a slot: half its key, half what it says", 2)
+    memory_compression_ratio: float = option(0.5, "part of a segment's tokens that survive", 0.0, 1.0)
+    keep: Literal["learned", "random"] = option(
+        "learned", "which survive; learned: the most important; random: by lot, the control"
+    )
+    attention: Literal["dense", "sparse"] = option(
+        "dense", "dense: a token reads every slot; sparse: its top_k best"
+    )
+    top_k: int = option(16, "sparse: slots a token reads", 1)
+    sharpness: float = option(4.0, "initial scale of the scores; a random key's have this deviation", 0.0)
+    shift_init: float = option(
+        1.0, "a token is filed under this part previous token, the rest itself", 0.0, 1.0
+    )
+    importance_bias: float = option(0.0, "initial bias of the importance score")
+    exploration: float = option(
+        1.0, "training: scale of the noise under which learned importance picks the survivors", 0.0
+    )
+
+    def check(self, model: ModelConfig, path: str) -> None:
+        if self.slot_dim % 2:
+            raise ConfigError(f"{path}.slot_dim = {self.slot_dim}: must be even, half key and half value")
+        if not self.memory_compression_ratio:
+            raise ConfigError(
+                f"{path}.memory_compression_ratio = 0: nothing would survive; take the memory out of "
+                "memory.kinds instead"
+            )
+
+
+@dataclass(kw_only=True)
 class MemoryConfig:
     """What remembers, in which layers, shared how, and fused how."""
 
@@ -97,6 +130,7 @@ class MemoryConfig:
     )
     wo_init_zero: bool = option(True, "residual fusion only: W_o starts at zero")
     internal: InternalMemoryConfig = option(InternalMemoryConfig, "LM2's internal memory")
+    ltm: LtmMemoryConfig = option(LtmMemoryConfig, "the LTM transformer's long-term memory")
 
 
 @dataclass(kw_only=True)

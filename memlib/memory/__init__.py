@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from memlib.memory.base import Memory, State
 from memlib.memory.internal import InternalMemory
+from memlib.memory.ltm import LongTermMemory
 
-MEMORIES: dict[str, type[Memory]] = {"internal": InternalMemory}
+MEMORIES: dict[str, type[Memory]] = {"internal": InternalMemory, "ltm": LongTermMemory}
 
-__all__ = ["MEMORIES", "InternalMemory", "Memory", "State"]
+__all__ = ["MEMORIES", "InternalMemory", "LongTermMemory", "Memory", "State"]
