@@ -106,6 +106,28 @@ class LtmMemoryConfig(MemoryOptions):
 
 
 @dataclass(kw_only=True)
+class RingMemoryConfig(MemoryOptions):
+    """The simplified prototype: a ring of the newest tokens, and a store evicted by last use (spec C5)."""
+
+    short_slots: int = option(512, "places r of the ring: the newest tokens", 1)
+    long_slots: int = option(512, "places l of the store: what left the ring", 1)
+    slot_dim: int = option(512, "width of an item: half its key, half its value", 2)
+    sharpness: float = option(4.0, "initial scale of the scores; a random key's have this deviation", 0.0)
+    shift_init: float = option(
+        1.0, "a token is filed under this part previous token, the rest itself", 0.0, 1.0
+    )
+    admit: float = option(0.5, "importance from which what leaves the ring is stored; 0: all", 0.0, 1.0)
+    importance_bias: float = option(1.0, "initial bias of the importance score")
+    retrieved_above: float = option(
+        0.5, "weight above which a token has used a place of the store; 1: never", 0.0, 1.0
+    )
+
+    def check(self, model: ModelConfig, path: str) -> None:
+        if self.slot_dim % 2:
+            raise ConfigError(f"{path}.slot_dim = {self.slot_dim}: must be even, half key and half value")
+
+
+@dataclass(kw_only=True)
 class MemoryConfig:
     """What remembers, in which layers, shared how, and fused how."""
 
@@ -131,6 +153,7 @@ class MemoryConfig:
     wo_init_zero: bool = option(True, "residual fusion only: W_o starts at zero")
     internal: InternalMemoryConfig = option(InternalMemoryConfig, "LM2's internal memory")
     ltm: LtmMemoryConfig = option(LtmMemoryConfig, "the LTM transformer's long-term memory")
+    ring: RingMemoryConfig = option(RingMemoryConfig, "the prototype's ring and store")
 
 
 @dataclass(kw_only=True)

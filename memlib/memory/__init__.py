@@ -9,7 +9,8 @@ from __future__ import annotations
 from memlib.memory.base import Memory, State
 from memlib.memory.internal import InternalMemory
 from memlib.memory.ltm import LongTermMemory
+from memlib.memory.ring import RingMemory
 
-MEMORIES: dict[str, type[Memory]] = {"internal": InternalMemory, "ltm": LongTermMemory}
+MEMORIES: dict[str, type[Memory]] = {"internal": InternalMemory, "ltm": LongTermMemory, "ring": RingMemory}
 
-__all__ = ["MEMORIES", "InternalMemory", "LongTermMemory", "Memory", "State"]
+__all__ = ["MEMORIES", "InternalMemory", "LongTermMemory", "Memory", "RingMemory", "State"]

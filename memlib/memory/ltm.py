@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from memlib.config import LtmMemoryConfig
 from memlib.memory.base import Memory, State
 from memlib.memory.gates import Gate, gated_write, identity_slots
-from memlib.memory.retrieval import MemoryAttention, TokenKey
+from memlib.memory.retrieval import MemoryAttention, TokenKey, in_time_order, take
 from memlib.nn.probe import Probe
 
 SLOPE = 0.25  # of sigma at 0
@@ -173,17 +173,6 @@ def lottery(mask: Tensor, segments: Tensor) -> Tensor:
     mixed = (place * 2654435761) % 2**32
     mixed = ((mixed ^ (mixed >> 15)) * 2246822519) % 2**32
     return ((mixed ^ (mixed >> 13)) % 2**20).double() / 2**20
-
-
-def in_time_order(kept: Tensor, count: int) -> Tensor:
-    """The places of the tokens that are kept, earliest first, filled up with others: [b n] -> [b c]."""
-    return kept.to(torch.int8).argsort(stable=True, dim=-1, descending=True)[:, :count]
-
-
-def take(tokens: Tensor, index: Tensor) -> Tensor:
-    """The tokens at some places: [b n …], index: [b c] -> [b c …]."""
-    rows = rearrange(torch.arange(len(tokens), device=tokens.device), "b -> b 1")
-    return tokens[rows, index]
 
 
 def spread(weight: Tensor, index: Tensor, length: int) -> Tensor:

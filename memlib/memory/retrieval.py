@@ -85,3 +85,14 @@ def softmax_or_nothing(score: Tensor) -> Tensor:
     top = score.detach().amax(-1, keepdim=True)
     raised = torch.exp(score - torch.where(torch.isfinite(top), top, 0.0))
     return raised / raised.sum(-1, keepdim=True).clamp(min=1e-30)
+
+
+def in_time_order(kept: Tensor, count: int) -> Tensor:
+    """Where the tokens of kept: [b n] stand, earliest first, filled up with others: [b c]."""
+    return kept.to(torch.int8).argsort(stable=True, dim=-1, descending=True)[:, :count]
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """The tokens at some places: [b n …], index: [b c] -> [b c …]."""
+    rows = rearrange(torch.arange(len(tokens), device=tokens.device), "b -> b 1")
+    return tokens[rows, index]

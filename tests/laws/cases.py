@@ -18,7 +18,14 @@ from memlib.memory import MEMORIES
 from memlib.models import MemoryTransformer
 
 SEGMENT, VOCAB, BATCH = 4, 17, 3
-SMALL = {"num_slots": 8, "num_heads": 2, "top_k": 3}  # sizes by field name, in any memory's dataclass
+SMALL = {
+    "num_slots": 8,
+    "num_heads": 2,
+    "top_k": 3,
+    "short_slots": 3,
+    "long_slots": 4,
+    "slot_dim": 16,
+}  # sizes by field name, in any memory's dataclass
 
 SHARINGS = ("shared", "per_layer", "every_k_layers")
 FUSIONS = {
