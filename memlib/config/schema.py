@@ -198,6 +198,61 @@ class HdsMemoryConfig(MemoryOptions):
 
 
 @dataclass(kw_only=True)
+class LtmMemoryConfig(MemoryOptions):
+    """The LTM transformer's bank: compression gate, gated update, attention over slots (spec B1-B3)."""
+
+    num_slots: int = option(512, "slots s of the bank", 1)
+    slot_dim: int = option(64, "width of a slot: half its key, half what it says", 2)
+    memory_compression_ratio: float = option(0.5, "part of a segment's tokens that survive", 0.0, 1.0)
+    keep: Literal["learned", "random"] = option(
+        "learned", "which survive; learned: the most important; random: by lot, the control"
+    )
+    attention: Literal["dense", "sparse"] = option(
+        "dense", "dense: a token reads every slot; sparse: its top_k best"
+    )
+    top_k: int = option(16, "sparse: slots a token reads", 1)
+    sharpness: float = option(4.0, "initial scale of the scores; a random key's have this deviation", 0.0)
+    shift_init: float = option(
+        1.0, "a token is filed under this part previous token, the rest itself", 0.0, 1.0
+    )
+    importance_bias: float = option(0.0, "initial bias of the importance score")
+    exploration: float = option(
+        1.0, "training: scale of the noise under which learned importance picks the survivors", 0.0
+    )
+
+    def check(self, model: ModelConfig, path: str) -> None:
+        if self.slot_dim % 2:
+            raise ConfigError(f"{path}.slot_dim = {self.slot_dim}: must be even, half key and half value")
+        if not self.memory_compression_ratio:
+            raise ConfigError(
+                f"{path}.memory_compression_ratio = 0: nothing would survive; take the memory out of "
+                "memory.kinds instead"
+            )
+
+
+@dataclass(kw_only=True)
+class RingMemoryConfig(MemoryOptions):
+    """The simplified prototype: a ring of the newest tokens, and a store evicted by last use (spec C5)."""
+
+    short_slots: int = option(512, "places r of the ring: the newest tokens", 1)
+    long_slots: int = option(512, "places l of the store: what left the ring", 1)
+    slot_dim: int = option(512, "width of an item: half its key, half its value", 2)
+    sharpness: float = option(4.0, "initial scale of the scores; a random key's have this deviation", 0.0)
+    shift_init: float = option(
+        1.0, "a token is filed under this part previous token, the rest itself", 0.0, 1.0
+    )
+    admit: float = option(0.5, "importance from which what leaves the ring is stored; 0: all", 0.0, 1.0)
+    importance_bias: float = option(1.0, "initial bias of the importance score")
+    retrieved_above: float = option(
+        0.5, "weight above which a token has used a place of the store; 1: never", 0.0, 1.0
+    )
+
+    def check(self, model: ModelConfig, path: str) -> None:
+        if self.slot_dim % 2:
+            raise ConfigError(f"{path}.slot_dim = {self.slot_dim}: must be even, half key and half value")
+
+
+@dataclass(kw_only=True)
 class MemoryConfig:
     """What remembers, in which layers, shared how, and fused how."""
 
@@ -224,6 +279,8 @@ class MemoryConfig:
     internal: InternalMemoryConfig = option(InternalMemoryConfig, "LM2's internal memory")
     external: ExternalMemoryConfig = option(ExternalMemoryConfig, "external memory, by retrieval")
     hds: HdsMemoryConfig = option(HdsMemoryConfig, "hierarchy of levels over several decaying banks")
+    ltm: LtmMemoryConfig = option(LtmMemoryConfig, "the LTM transformer's long-term memory")
+    ring: RingMemoryConfig = option(RingMemoryConfig, "the prototype's ring and store")
 
 
 @dataclass(kw_only=True)

@@ -10,11 +10,24 @@ from memlib.memory.base import Memory, State
 from memlib.memory.external import ExternalMemory
 from memlib.memory.hds import HdsMemory
 from memlib.memory.internal import InternalMemory
+from memlib.memory.ltm import LongTermMemory
+from memlib.memory.ring import RingMemory
 
 MEMORIES: dict[str, type[Memory]] = {
     "internal": InternalMemory,
+    "ltm": LongTermMemory,
     "hds": HdsMemory,
+    "ring": RingMemory,
     "external": ExternalMemory,
 }
 
-__all__ = ["MEMORIES", "ExternalMemory", "HdsMemory", "InternalMemory", "Memory", "State"]
+__all__ = [
+    "MEMORIES",
+    "ExternalMemory",
+    "HdsMemory",
+    "InternalMemory",
+    "LongTermMemory",
+    "Memory",
+    "RingMemory",
+    "State",
+]

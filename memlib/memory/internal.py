@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from memlib.config import InternalMemoryConfig
 from memlib.memory.address import SlotAddress
 from memlib.memory.base import Memory, State
-from memlib.memory.gates import Gate, identity_slots
+from memlib.memory.gates import Gate, gated_write, identity_slots
 from memlib.nn.norm import RMSNorm
 from memlib.nn.probe import Probe
 
@@ -137,20 +137,6 @@ class AddressedWrite(nn.Module):
         strength = address * rearrange(opened * mask, "b n -> b n 1")
         erase = strength * rearrange(1 - kept, "b n -> b n 1")
         return gated_write(slots, strength, erase, torch.tanh(self.v_proj(hidden)))
-
-
-def gated_write(slots: Tensor, strength: Tensor, erase: Tensor, values: Tensor) -> Tensor:
-    """M_s <- (1 - erase_ts) M_s + strength_ts values_t for t = 1 … n, without a loop over tokens.
-
-    After the last token, what token t wrote has been thinned by every later erase:
-        M_s' = prod_u (1 - erase_us) M_s + sum_t strength_ts prod_{u>t} (1 - erase_us) values_t
-    slots: [b s e], strength, erase: [b n s], values: [b n e] -> [b s e].
-    """
-    log_remain = torch.log1p(-erase.clamp(max=1 - 1e-6))
-    total = reduce(log_remain, "b n s -> b 1 s", "sum")
-    later = torch.exp(total - torch.cumsum(log_remain, 1))
-    kept = slots * rearrange(torch.exp(total), "b 1 s -> b s 1")
-    return kept + einsum(strength * later, values, "b n s, b n e -> b s e")
 
 
 class AttentionRead(nn.Module):

@@ -30,7 +30,7 @@ class Result:
 
 
 COMPARISONS = {
-    "recall": ["recall_baseline", "recall_internal", "recall_external"],
+    "recall": ["recall_baseline", "recall_internal", "recall_hds", "recall_external"],
     "rewrite": ["rewrite_baseline", "rewrite_internal"],
     "passkey": ["passkey_baseline", "passkey_external"],
 }

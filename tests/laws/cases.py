@@ -28,6 +28,9 @@ SMALL = {  # sizes by field name, in any memory's dataclass
     "num_blocks": 2,
     "capacity": 12,
     "top_k": 3,
+    "short_slots": 3,
+    "long_slots": 4,
+    "slot_dim": 16,
 }
 
 SHARINGS = ("shared", "per_layer", "every_k_layers")

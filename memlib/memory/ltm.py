@@ -1,0 +1,181 @@
+"""Long-term memory (LTM): a bank of compressed tokens, read by attention, written through one gate.
+
+Axes: b batch, n tokens of a segment, c tokens that survive compression, s slots, d hidden, e slot width,
+k key width (half of e).
+
+A slot is a row of the bank: its first half is the key it is found by, its second half what it says.
+Slots start as fixed random keys that say nothing. What the document leaves open, and what is here:
+
+- Its attention scores are linear (no softmax) over the very rows it returns; with one row for both, a
+  slot can only answer with what it was asked. Hence the halves, and a softmax.
+- Which slot a token updates is not said. Here it is the slot its key means: the same attention, asked
+  with the key the token is filed under. So writing moves a slot's key to what is asked of it.
+- "Selective update": of a segment's n tokens the ceil(ratio n) most important are written, the others
+  are not. A token that is dropped early would never be tried again, and most of the loss of compression
+  was that (docs/diary.md). So training draws the survivors (Gumbel top-k: the most important under
+  noise), and tells the dropped what they would have been worth (a straight-through gradient).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from einops import einsum, rearrange, repeat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memlib.config import LtmMemoryConfig
+from memlib.memory.base import Memory, State
+from memlib.memory.gates import Gate, gated_write, identity_slots
+from memlib.memory.retrieval import MemoryAttention, TokenKey, in_time_order, take
+from memlib.nn.probe import Probe
+
+SLOPE = 0.25  # of sigma at 0
+
+
+@dataclass(frozen=True)
+class BankState(State):
+    """slots: [b s e]; segments: [b], how many were written."""
+
+    slots: Tensor
+    segments: Tensor
+
+
+class LongTermMemory(Memory):
+    """A bank of slots behind a compression gate (spec B1, B2, B3)."""
+
+    start: Tensor
+
+    def __init__(self, config: LtmMemoryConfig, hidden_dim: int) -> None:
+        super().__init__()
+        key_dim = value_dim = config.slot_dim // 2
+        keys = identity_slots(config.num_slots, key_dim)
+        start = torch.cat((keys, torch.zeros(config.num_slots, value_dim)), -1)
+        self.register_buffer("start", start, persistent=False)
+        self.key = TokenKey(hidden_dim, key_dim, config.shift_init)
+        top_k = config.top_k if config.attention == "sparse" else None
+        self.reader = BankRead(self.key, value_dim, hidden_dim, config.sharpness, top_k)
+        self.writer = BankWrite(config, hidden_dim, self.key, self.reader.attention)
+        self.before_probe = Probe("batch slot feature")
+        self.after_probe = Probe("batch slot feature")
+
+    def init_state(self, batch_size: int) -> BankState:
+        segments = torch.zeros(batch_size, dtype=torch.int64, device=self.start.device)
+        return BankState(repeat(self.start, "s e -> b s e", b=batch_size), segments)
+
+    def read(self, hidden: Tensor, state: BankState) -> Tensor:
+        return self.reader(hidden, state.slots)
+
+    def write(self, hidden: Tensor, state: BankState, mask: Tensor) -> BankState:
+        slots = self.writer(hidden, self.before_probe(state.slots), mask, state.segments)
+        return BankState(self.after_probe(slots), state.segments + 1)
+
+
+class BankRead(nn.Module):
+    """y = Attn(query, slots' keys, slots' values) W_o.  hidden: [b n d], slots: [b s e] -> [b n d]."""
+
+    def __init__(
+        self, key: TokenKey, value_dim: int, hidden_dim: int, sharpness: float, top_k: int | None
+    ) -> None:
+        super().__init__()
+        self.key = key
+        self.attention = MemoryAttention(sharpness, top_k)
+        self.o_proj = nn.Linear(value_dim, hidden_dim, bias=False)
+
+    def forward(self, hidden: Tensor, slots: Tensor) -> Tensor:
+        keys, values = halves(slots)
+        return self.o_proj(self.attention(self.key.query(hidden), keys, values))
+
+
+class BankWrite(nn.Module):
+    """Compress a segment, then let the survivors update the slots they mean, one after another:
+
+        new_t = [key_t, tanh(x_t W_v)]                   a token at the bank's width
+        g_t = sigma(new_t W_g + b)                       its importance
+        a_t = softmax_s(sharpness sqrt(k) key_t . M_s)   the slots it means, in the bank before the segment
+        M_s <- (1 - a_ts g_t) M_s + a_ts g_t new_t       for the tokens t that survive
+
+    In training a dropped token is carried along at strength zero: nothing is written, and the gradient
+    of its importance is what a little of it would have been worth, at sigma's slope where it starts.
+    """
+
+    def __init__(
+        self, config: LtmMemoryConfig, hidden_dim: int, key: TokenKey, attention: MemoryAttention
+    ) -> None:
+        super().__init__()
+        self.key, self.attention = key, attention
+        self.v_proj = nn.Linear(hidden_dim, config.slot_dim // 2, bias=False)
+        self.importance_gate = Gate(config.slot_dim, 1, config.importance_bias)
+        self.keep, self.ratio = config.keep, config.memory_compression_ratio
+        self.exploration = config.exploration
+        self.importance_probe = Probe("batch token")
+        self.kept_probe = Probe("batch token")
+        self.weight_probe = Probe("batch token slot")
+        self.input_probe = Probe("batch token")
+        self.forget_probe = Probe("batch token")
+
+    def forward(self, hidden: Tensor, slots: Tensor, mask: Tensor, segments: Tensor) -> Tensor:
+        hidden = hidden * rearrange(mask, "b n -> b n 1")
+        new = torch.cat((self.key.key(hidden), torch.tanh(self.v_proj(hidden))), -1)
+        logit = rearrange(self.importance_gate(new), "b n 1 -> b n")
+        importance = self.importance_probe(torch.sigmoid(logit))
+        order = self.explored(logit) if self.keep == "learned" else lottery(mask, segments)
+        kept = self.kept_probe(survivors(order, mask, self.ratio))
+        worth = SLOPE * (logit - logit.detach()) * (mask & ~kept)
+        opened = self.input_probe(importance * kept + worth)
+        self.forget_probe(torch.zeros_like(opened))  # of what it writes over, nothing stays
+
+        n = mask.shape[1]
+        index = in_time_order(kept, n if self.training else ceil(self.ratio * n))
+        new, opened = take(new, index), take(opened, index)
+        keys, _ = halves(new)
+        weight = torch.softmax(self.attention.score(keys, halves(slots)[0]), -1)
+        self.weight_probe(spread(weight, index, n))
+        strength = weight * rearrange(opened, "b c -> b c 1")
+        return gated_write(slots, strength, strength, new)
+
+    def explored(self, logit: Tensor) -> Tensor:
+        """Importance to choose by: as it is, or in training under Gumbel noise; [b n] -> [b n]."""
+        if not self.training or not self.exploration:
+            return logit
+        return logit - self.exploration * torch.log(torch.empty_like(logit).exponential_())
+
+
+def halves(slots: Tensor) -> tuple[Tensor, Tensor]:
+    """What a slot is found by and what it says: [… e] -> [… k], [… e-k]."""
+    key, value = slots.chunk(2, -1)
+    return key, value
+
+
+@torch.no_grad()
+def survivors(order: Tensor, mask: Tensor, ratio: float) -> Tensor:
+    """The ceil(ratio n') tokens that come highest, n' being a row's tokens that count: [b n] true.
+
+    order, mask: [b n]. Tokens that differ by rounding only are equal, and of equals the earlier goes first:
+    repeated words must not depend on the order in which a matrix product was added up.
+    """
+    rounded = torch.round(order.double() * 2**20).masked_fill(~mask, -torch.inf)
+    rank = rounded.argsort(stable=True, dim=-1, descending=True).argsort(-1)
+    count = torch.ceil(ratio * mask.sum(-1, keepdim=True).double())
+    return (rank < count) & mask
+
+
+@torch.no_grad()
+def lottery(mask: Tensor, segments: Tensor) -> Tensor:
+    """An order that knows nothing of the tokens: pseudo-random by segment and place in it, [b n] in [0, 1).
+
+    The control to learned importance. It depends on how many tokens stood before, not on their position,
+    so that padding on the left draws no other lots.
+    """
+    place = mask.cumsum(-1) + 1000 * (rearrange(segments, "b -> b 1") % 1000)
+    mixed = (place * 2654435761) % 2**32
+    mixed = ((mixed ^ (mixed >> 15)) * 2246822519) % 2**32
+    return ((mixed ^ (mixed >> 13)) % 2**20).double() / 2**20
+
+
+def spread(weight: Tensor, index: Tensor, length: int) -> Tensor:
+    """The survivors' weights at their own places, zero elsewhere: [b c s] -> [b n s]."""
+    at = F.one_hot(index, length).to(weight.dtype)
+    return einsum(at, weight, "b c n, b c s -> b n s")
