@@ -71,6 +71,23 @@ def provenance(trace: Trace, memory: str = "internal", row: int = 0, layer: int 
     return said
 
 
+def retrieved(trace: Trace, memory: str = "external", row: int = 0, layer: int = 0) -> np.ndarray:
+    """How much of what each token was given back came from each earlier token: [n n], mean over heads.
+
+        P_tu = mean_h sum_j w_htj [source_htj = u]
+
+    A token for which nothing came back has a row of zeros.
+    """
+    weight = trace[f"{memory}.weight"].at(layer=layer, batch=row).values
+    source = trace[f"{memory}.source"].at(layer=layer, batch=row).values.astype(int)
+    heads, n, hits = source.shape
+    said = np.zeros((n, n))
+    token = np.broadcast_to(rearrange(np.arange(n), "n -> 1 n 1"), source.shape)
+    found = source >= 0
+    np.add.at(said, (token[found], source[found]), weight[found] / heads)
+    return said
+
+
 def slot_life(trace: Trace, memory: str = "internal", row: int = 0, layer: int = 0) -> dict[str, np.ndarray]:
     """What happened to each slot in each segment, by name, each [t s].
 

@@ -9,8 +9,9 @@ from einops import rearrange
 
 from memlib import load_config, override, record
 from memlib.lab.ablation import Question, ablate, ask_without
-from memlib.lab.measures import per_token, provenance, read_weight, slot_life, write_strength
+from memlib.lab.measures import per_token, provenance, read_weight, retrieved, slot_life, write_strength
 from memlib.lab.trace import TraceError
+from memlib.lab.widgets import reading_over_text
 from memlib.memory.internal import gated_write
 from memlib.models import MemoryTransformer
 
@@ -59,6 +60,23 @@ def test_provenance_is_what_the_slots_hold(trace):
     assert said[:length].max() == 0 and said[length:].max() > 0.01  # only earlier segments are read
     wrong = provenance(trace, row=0)
     assert np.abs(wrong - expected).max() > 1e-3
+
+
+def test_retrieved_is_what_the_memory_gave_back(ids):
+    """Each token's weights sum to one over tokens of earlier segments, and a planted pair is found."""
+    torch.manual_seed(0)
+    config = override(load_config("recall_external"), {"model.num_layers": 1})
+    model = MemoryTransformer(config).eval()
+    again = ids.clone()
+    again[:, 48:50] = ids[:, 5:7]  # the pair of tokens 5 and 6 comes up again in the last segment
+    with record(model) as trace, torch.no_grad():
+        model(again)
+    said = retrieved(trace)
+    np.testing.assert_allclose(said[16:].sum(1), 1, atol=1e-4)
+    assert not said[:16].any() and not np.triu(said).any()
+    assert all(not said[t, t // 16 * 16 :].any() for t in range(64))
+    assert said[48].argmax() == 6, "asked with token 5, it gives back what followed it"
+    assert reading_over_text(trace, memory="external").arrays["source"][48, 0] == 6
 
 
 def test_read_weights_sum_to_one(trace):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from memlib.lab.measures import provenance
+from memlib.lab.measures import provenance, retrieved
 from memlib.lab.trace import Trace
 from memlib.lab.widgets.frame import stream_group
 from memlib.lab.widgets.text import words_of
@@ -25,10 +25,11 @@ def reading_over_text(
 ) -> View:
     """The text of one stream, coloured by how strongly a token reads what earlier tokens wrote.
 
-    The colour is the largest share that one earlier token has in what this one reads (`provenance`);
-    marked: positions that are asked for.
+    The colour is the largest share that one earlier token has in what this one reads: through slots
+    (`provenance`), or by retrieval (`retrieved`). marked: positions that are asked for.
     """
-    origin = provenance(trace, memory, row, layer)
+    measure = retrieved if f"{memory}.source" in trace else provenance
+    origin = measure(trace, memory, row, layer)
     return reading(
         words_of(trace, word, row),
         origin.max(1),
