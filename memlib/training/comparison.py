@@ -33,6 +33,7 @@ COMPARISONS = {
     "recall": ["recall_baseline", "recall_internal"],
     "rewrite": ["rewrite_baseline", "rewrite_internal"],
 }
+RATIOS = (1.0, 0.5, 0.25, 0.125)
 
 
 def measure(trainer: Trainer, name: str, segments: Sequence[int]) -> Result:
@@ -67,8 +68,27 @@ def compare(
     return results
 
 
+def compression() -> dict[str, Config]:
+    """Long-term memory at each of the RATIOS, survivors chosen by learned importance and by lot.
+
+    At ratio 1 there is nothing to choose: one row serves both.
+    """
+    base = load_config("recall_ltm")
+    runs = {}
+    for ratio in RATIOS:
+        for keep in ("learned", "random") if ratio < 1 else ("learned",):
+            changes = {"memory.ltm.memory_compression_ratio": ratio, "memory.ltm.keep": keep}
+            runs[f"ltm_{ratio:g}_{keep}" if ratio < 1 else "ltm_1"] = override(base, changes)
+    return runs
+
+
+STUDIES = {"compression": compression}
+
+
 def named_comparison(name: str) -> dict[str, Config]:
-    """The presets of one of the COMPARISONS."""
+    """The configurations of one of the COMPARISONS or STUDIES."""
+    if name in STUDIES:
+        return STUDIES[name]()
     return {preset: load_config(preset) for preset in COMPARISONS[name]}
 
 
