@@ -219,6 +219,16 @@ class LtmMemoryConfig(MemoryOptions):
     exploration: float = option(
         1.0, "training: scale of the noise under which learned importance picks the survivors", 0.0
     )
+    slots: Literal["fixed", "adaptive"] = option(
+        "fixed",
+        "fixed: a token updates the slots its key means; adaptive: one slot by content, taken when needed, "
+        "reclaimed when not used",
+    )
+    match_threshold: float = option(
+        0.7, "adaptive: cosine from which a key is a slot's own, for writing and for use", 0.0, 1.0
+    )
+    reclaim_after: int = option(256, "adaptive: segments without use after which a slot is free", 1)
+    prune_below: float = option(0.05, "adaptive: a slot whose key is shorter is free", 0.0, 1.0)
 
     def check(self, model: ModelConfig, path: str) -> None:
         if self.slot_dim % 2:

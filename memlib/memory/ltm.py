@@ -10,6 +10,8 @@ Slots start as fixed random keys that say nothing. What the document leaves open
   slot can only answer with what it was asked. Hence the halves, and a softmax.
 - Which slot a token updates is not said. Here it is the slot its key means: the same attention, asked
   with the key the token is filed under. So writing moves a slot's key to what is asked of it.
+- `slots: fixed` spreads a write over the slots its key means. `slots: adaptive` (spec B14) gives it one slot
+  by content, takes free ones as needed and takes back what is not used: `slots.py` has the rule.
 - "Selective update": of a segment's n tokens the ceil(ratio n) most important are written, the others
   are not. A token that is dropped early would never be tried again, and most of the loss of compression
   was that (docs/diary.md). So training draws the survivors (Gumbel top-k: the most important under
@@ -30,6 +32,7 @@ from memlib.config import LtmMemoryConfig
 from memlib.memory.base import Memory, State
 from memlib.memory.gates import Gate, gated_write, identity_slots
 from memlib.memory.retrieval import MemoryAttention, TokenKey, in_time_order, take
+from memlib.memory.slots import SlotRule
 from memlib.nn.probe import Probe
 
 SLOPE = 0.25  # of sigma at 0
@@ -37,9 +40,10 @@ SLOPE = 0.25  # of sigma at 0
 
 @dataclass(frozen=True)
 class BankState(State):
-    """slots: [b s e]; segments: [b], how many were written."""
+    """slots: [b s e]; age: [b s], segments since last use (fixed slots: 0); segments: [b] written."""
 
     slots: Tensor
+    age: Tensor
     segments: Tensor
 
 
@@ -53,6 +57,10 @@ class LongTermMemory(Memory):
         key_dim = value_dim = config.slot_dim // 2
         keys = identity_slots(config.num_slots, key_dim)
         start = torch.cat((keys, torch.zeros(config.num_slots, value_dim)), -1)
+        self.rule: SlotRule | None = None
+        if config.slots == "adaptive":
+            self.rule = SlotRule(config.match_threshold, config.reclaim_after, config.prune_below)
+            start = torch.zeros_like(start)
         self.register_buffer("start", start, persistent=False)
         self.key = TokenKey(hidden_dim, key_dim, config.shift_init)
         top_k = config.top_k if config.attention == "sparse" else None
@@ -62,19 +70,33 @@ class LongTermMemory(Memory):
         self.after_probe = Probe("batch slot feature")
 
     def init_state(self, batch_size: int) -> BankState:
-        segments = torch.zeros(batch_size, dtype=torch.int64, device=self.start.device)
-        return BankState(repeat(self.start, "s e -> b s e", b=batch_size), segments)
+        whole = repeat(self.start, "s e -> b s e", b=batch_size)
+        age = torch.zeros(whole.shape[:2], dtype=torch.int64, device=whole.device)
+        if self.rule:
+            age = age + self.rule.reclaim_after
+        return BankState(whole, age, age.new_zeros(batch_size))
 
     def read(self, hidden: Tensor, state: BankState) -> Tensor:
-        return self.reader(hidden, state.slots)
+        return self.reader(hidden, state.slots, self.free(state.age))
+
+    def free(self, age: Tensor) -> Tensor | None:
+        """Which slots are empty and not to be read: [b s]; None if none can be."""
+        return age >= self.rule.reclaim_after if self.rule else None
 
     def write(self, hidden: Tensor, state: BankState, mask: Tensor) -> BankState:
-        slots = self.writer(hidden, self.before_probe(state.slots), mask, state.segments)
-        return BankState(self.after_probe(slots), state.segments + 1)
+        slots = self.before_probe(state.slots)
+        tokens = self.writer.compress(hidden, mask, state.segments)
+        if self.rule:
+            asked = self.rule.asked(self.key.query(hidden), mask, halves(slots)[0], state.age)
+            slots, age = self.writer.take_slots(tokens, slots, state.age.masked_fill(asked, -1), self.rule)
+            slots, age = self.rule.reclaim(slots, halves(slots)[0], age)
+        else:
+            slots, age = self.writer.spread(tokens, slots), state.age
+        return BankState(self.after_probe(slots), age, state.segments + 1)
 
 
 class BankRead(nn.Module):
-    """y = Attn(query, slots' keys, slots' values) W_o.  hidden: [b n d], slots: [b s e] -> [b n d]."""
+    """y = Attn(query, slots' keys, slots' values) W_o.  hidden: [b n d], slots: [b s e], free: [b s]."""
 
     def __init__(
         self, key: TokenKey, value_dim: int, hidden_dim: int, sharpness: float, top_k: int | None
@@ -84,9 +106,21 @@ class BankRead(nn.Module):
         self.attention = MemoryAttention(sharpness, top_k)
         self.o_proj = nn.Linear(value_dim, hidden_dim, bias=False)
 
-    def forward(self, hidden: Tensor, slots: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, slots: Tensor, free: Tensor | None) -> Tensor:
         keys, values = halves(slots)
-        return self.o_proj(self.attention(self.key.query(hidden), keys, values))
+        bias = None if free is None else slots.new_zeros(free.shape).masked_fill(free, -torch.inf)
+        return self.o_proj(self.attention(self.key.query(hidden), keys, values, bias))
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """new: [b c e]; strength: [b c], zero where not kept: [b c]; index: [b c] in the segment; length n."""
+
+    new: Tensor
+    strength: Tensor
+    kept: Tensor
+    index: Tensor
+    length: int
 
 
 class BankWrite(nn.Module):
@@ -116,8 +150,9 @@ class BankWrite(nn.Module):
         self.input_probe = Probe("batch token")
         self.forget_probe = Probe("batch token")
 
-    def forward(self, hidden: Tensor, slots: Tensor, mask: Tensor, segments: Tensor) -> Tensor:
-        hidden = hidden * rearrange(mask, "b n -> b n 1")
+    def compress(self, hidden: Tensor, mask: Tensor, segments: Tensor) -> Survivors:
+        """What survives of a segment, in time order; hidden: [b n d], mask: [b n], segments: [b]."""
+        hidden, n = hidden * rearrange(mask, "b n -> b n 1"), mask.shape[1]
         new = torch.cat((self.key.key(hidden), torch.tanh(self.v_proj(hidden))), -1)
         logit = rearrange(self.importance_gate(new), "b n 1 -> b n")
         importance = self.importance_probe(torch.sigmoid(logit))
@@ -126,15 +161,33 @@ class BankWrite(nn.Module):
         worth = SLOPE * (logit - logit.detach()) * (mask & ~kept)
         opened = self.input_probe(importance * kept + worth)
         self.forget_probe(torch.zeros_like(opened))  # of what it writes over, nothing stays
-
-        n = mask.shape[1]
         index = in_time_order(kept, n if self.training else ceil(self.ratio * n))
-        new, opened = take(new, index), take(opened, index)
-        keys, _ = halves(new)
-        weight = torch.softmax(self.attention.score(keys, halves(slots)[0]), -1)
-        self.weight_probe(spread(weight, index, n))
-        strength = weight * rearrange(opened, "b c -> b c 1")
-        return gated_write(slots, strength, strength, new)
+        return Survivors(take(new, index), take(opened, index), take(kept, index), index, n)
+
+    def spread(self, tokens: Survivors, slots: Tensor) -> Tensor:
+        """Fixed slots: every token updates the slots its key means; slots: [b s e] -> [b s e]."""
+        score = self.attention.score(halves(tokens.new)[0], halves(slots)[0])
+        weight = self.heard(torch.softmax(score, -1), tokens)
+        strength = weight * rearrange(tokens.strength, "b c -> b c 1")
+        return gated_write(slots, strength, strength, tokens.new)
+
+    def take_slots(
+        self, tokens: Survivors, slots: Tensor, age: Tensor, rule: SlotRule
+    ) -> tuple[Tensor, Tensor]:
+        """Adaptive slots: every token updates one slot, or takes one; slots: [b s e], age: [b s]."""
+        where, fresh, age = rule.choose(
+            halves(tokens.new)[0], tokens.strength, tokens.kept, halves(slots)[0], age
+        )
+        weight = self.heard(F.one_hot(where, slots.shape[1]).to(slots.dtype), tokens)
+        erase = torch.where(fresh, tokens.kept.to(slots.dtype), tokens.strength)
+        strength, erase = (weight * rearrange(part, "b c -> b c 1") for part in (tokens.strength, erase))
+        return gated_write(slots, strength, erase, tokens.new), age
+
+    def heard(self, weight: Tensor, tokens: Survivors) -> Tensor:
+        """Weights [b c s] on their way, for the probe at the tokens' own places in the segment."""
+        at = F.one_hot(tokens.index, tokens.length).to(weight.dtype)
+        self.weight_probe(einsum(at, weight, "b c n, b c s -> b n s"))
+        return weight
 
     def explored(self, logit: Tensor) -> Tensor:
         """Importance to choose by: as it is, or in training under Gumbel noise; [b n] -> [b n]."""
@@ -173,9 +226,3 @@ def lottery(mask: Tensor, segments: Tensor) -> Tensor:
     mixed = (place * 2654435761) % 2**32
     mixed = ((mixed ^ (mixed >> 15)) * 2246822519) % 2**32
     return ((mixed ^ (mixed >> 13)) % 2**20).double() / 2**20
-
-
-def spread(weight: Tensor, index: Tensor, length: int) -> Tensor:
-    """The survivors' weights at their own places, zero elsewhere: [b c s] -> [b n s]."""
-    at = F.one_hot(index, length).to(weight.dtype)
-    return einsum(at, weight, "b c n, b c s -> b n s")

@@ -35,6 +35,7 @@ COMPARISONS = {
     "passkey": ["passkey_baseline", "passkey_external"],
 }
 LENGTHS = {"passkey": [4, 32, 66, 128]}  # segments to measure at, where not 4, 6 and 32
+RATIOS = (1.0, 0.5, 0.25, 0.125)
 
 
 def measure(trainer: Trainer, name: str, segments: Sequence[int]) -> Result:
@@ -69,8 +70,27 @@ def compare(
     return results
 
 
+def compression() -> dict[str, Config]:
+    """Long-term memory at each of the RATIOS, survivors chosen by learned importance and by lot.
+
+    At ratio 1 there is nothing to choose: one row serves both.
+    """
+    base = load_config("recall_ltm")
+    runs = {}
+    for ratio in RATIOS:
+        for keep in ("learned", "random") if ratio < 1 else ("learned",):
+            changes = {"memory.ltm.memory_compression_ratio": ratio, "memory.ltm.keep": keep}
+            runs[f"ltm_{ratio:g}_{keep}" if ratio < 1 else "ltm_1"] = override(base, changes)
+    return runs
+
+
+STUDIES = {"compression": compression}
+
+
 def named_comparison(name: str) -> dict[str, Config]:
-    """The presets of one of the COMPARISONS."""
+    """The configurations of one of the COMPARISONS or STUDIES."""
+    if name in STUDIES:
+        return STUDIES[name]()
     return {preset: load_config(preset) for preset in COMPARISONS[name]}
 
 

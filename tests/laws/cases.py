@@ -31,6 +31,7 @@ SMALL = {  # sizes by field name, in any memory's dataclass
     "short_slots": 3,
     "long_slots": 4,
     "slot_dim": 16,
+    "reclaim_after": 2,
 }
 
 SHARINGS = ("shared", "per_layer", "every_k_layers")
@@ -38,6 +39,7 @@ FUSIONS = {
     "residual_A": {"fusion": "residual", "memory_block_variant": "A"},
     "residual_B": {"fusion": "residual", "memory_block_variant": "B"},
 }
+MANY_VARIANTS = 4  # a memory with more meets the sharings and fusions in turn, the first variant all
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +106,16 @@ def cases() -> list[Case]:
     """The baseline; each memory in each variant, sharing and fusion; all memories in one model."""
     found = [BASELINE]
     for kind in MEMORIES:
-        for options in variants(kind):
+        for i, options in enumerate(variants(kind)):
+            every = i == 0 or len(variants(kind)) <= MANY_VARIANTS
             chosen = "-".join([kind, *(v for v in options.values() if isinstance(v, str))])
             kinds = {kind: options}
-            found += [Case(f"{chosen}-{s}", {"memory_sharing": s}, kinds) for s in SHARINGS]
+            around = {s: {"memory_sharing": s} for s in SHARINGS}
             if not memory_config(kind)(**options).in_attention:  # the attention has no residual branch
-                found += [Case(f"{chosen}-{name}", fusion, kinds) for name, fusion in FUSIONS.items()]
+                around |= FUSIONS
+            turn = list(around)[i % len(around)]
+            picked = [name for name in around if every or name in ("per_layer", turn)]
+            found += [Case(f"{chosen}-{name}", around[name], kinds) for name in picked]
         gap = {"memory_layer_placement": "custom", "memory_layer_custom": [0, 2]}
         found.append(Case(f"{kind}-layers_0_2", gap, {kind: variants(kind)[0]}))
     if len(MEMORIES) > 1:

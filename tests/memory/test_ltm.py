@@ -1,6 +1,7 @@
 """The LTM transformer's bank against its equations in plain loops over rows, tokens and slots."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def memory(**options):
 
 
 def state():
-    return BankState(random(B, S, E, seed=41), torch.tensor([3, 7]))
+    return BankState(random(B, S, E, seed=41), torch.zeros(B, S, dtype=torch.int64), torch.tensor([3, 7]))
 
 
 def heard(built, point, call):
@@ -200,7 +201,7 @@ def test_a_dropped_token_learns_what_a_little_of_it_would_have_been_worth():
     """The gradient at strength zero, by finite differences of a write in which it has a strength."""
     built = memory(memory_compression_ratio=0.5, exploration=0.0).train()
     writer, hidden, mask = built.writer, random(1, N, D, seed=40), MASKS["all_tokens"][:1]
-    given = BankState(state().slots[:1], state().segments[:1])
+    given = state().rows(torch.tensor([0]))
     target = random(1, S, E, seed=50)
     kept = heard(built, "writer.kept_probe", lambda: built.write(hidden, given, mask))
 
@@ -230,7 +231,7 @@ def test_the_write_has_the_gradient_of_its_values():
     built, mask = memory(memory_compression_ratio=1.0), MASKS["padded"]
 
     def write(hidden, slots):
-        return built.write(hidden, BankState(slots, torch.tensor([0, 0])), mask).slots
+        return built.write(hidden, replace(state(), slots=slots), mask).slots
 
     inputs = [random(B, N, D, seed=40).requires_grad_(), random(B, S, E, seed=41).requires_grad_()]
     assert torch.autograd.gradcheck(write, inputs)
@@ -244,7 +245,6 @@ def test_from_the_start_a_value_is_found_under_the_key_before_it():
     key, value, other = (5 * F.normalize(random(1, 1, 32, seed=s), dim=-1) for s in (1, 2, 3))
     built.reader.o_proj = torch.nn.Identity()
     given = built.init_state(1)
-    given = BankState(given.slots.double(), given.segments)
     mask = torch.ones(1, 2, dtype=torch.bool)
     after = built.write(torch.cat((key, value), 1), given, mask)
     written = torch.tanh(built.writer.v_proj(value))
