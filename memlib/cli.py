@@ -63,7 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=evaluate)
 
     command = commands.add_parser("table", help="train and measure one of the README's tables")
-    command.add_argument("name", choices=["recall", "rewrite", "passkey", "compression"])
+    command.add_argument(
+        "name", choices=["recall", "rewrite", "passkey", "compression", "slots", "prototype"]
+    )
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     command.add_argument("--segments", type=int, nargs="+", help="default: the lengths of the stored table")
     command.add_argument("--out", type=Path, default=Path("runs"), help="finished runs in it are reused")

@@ -228,7 +228,7 @@ class LtmMemoryConfig(MemoryOptions):
         0.7, "adaptive: cosine from which a key is a slot's own, for writing and for use", 0.0, 1.0
     )
     reclaim_after: int = option(256, "adaptive: segments without use after which a slot is free", 1)
-    prune_below: float = option(0.05, "adaptive: a slot whose key is shorter is free", 0.0, 1.0)
+    prune_below: float = option(0.05, "adaptive: a slot whose value is shorter is free", 0.0, 1.0)
 
     def check(self, model: ModelConfig, path: str) -> None:
         if self.slot_dim % 2:

@@ -89,7 +89,7 @@ class LongTermMemory(Memory):
         if self.rule:
             asked = self.rule.asked(self.key.query(hidden), mask, halves(slots)[0], state.age)
             slots, age = self.writer.take_slots(tokens, slots, state.age.masked_fill(asked, -1), self.rule)
-            slots, age = self.rule.reclaim(slots, halves(slots)[0], age)
+            slots, age = self.rule.reclaim(slots, halves(slots)[1], age)
         else:
             slots, age = self.writer.spread(tokens, slots), state.age
         return BankState(self.after_probe(slots), age, state.segments + 1)
@@ -174,14 +174,20 @@ class BankWrite(nn.Module):
     def take_slots(
         self, tokens: Survivors, slots: Tensor, age: Tensor, rule: SlotRule
     ) -> tuple[Tensor, Tensor]:
-        """Adaptive slots: every token updates one slot, or takes one; slots: [b s e], age: [b s]."""
+        """Adaptive slots: every token updates one slot, or takes one; slots: [b s e], age: [b s].
+
+        A dropped token that would take a slot leaves none to be read, hence learns nothing of its worth.
+        """
         where, fresh, age = rule.choose(
             halves(tokens.new)[0], tokens.strength, tokens.kept, halves(slots)[0], age
         )
         weight = self.heard(F.one_hot(where, slots.shape[1]).to(slots.dtype), tokens)
-        erase = torch.where(fresh, tokens.kept.to(slots.dtype), tokens.strength)
-        strength, erase = (weight * rearrange(part, "b c -> b c 1") for part in (tokens.strength, erase))
-        return gated_write(slots, strength, erase, tokens.new), age
+        g = rearrange(tokens.strength, "b c -> b c 1")
+        taken, kept = rearrange(fresh, "b c -> b c 1"), rearrange(tokens.kept, "b c -> b c 1")
+        key, value = halves(tokens.new)
+        content = torch.cat((torch.where(taken, key, g * key), g * value), -1)
+        erase = torch.where(taken, kept.to(g.dtype), g)
+        return gated_write(slots, weight * (kept | ~taken), weight * erase, content), age
 
     def heard(self, weight: Tensor, tokens: Survivors) -> Tensor:
         """Weights [b c s] on their way, for the probe at the tokens' own places in the segment."""

@@ -4,11 +4,12 @@ The rule, in full. A slot is in use, or it is free: empty, and not read.
 
 - **Taking.** A token that is written goes to the slot in use whose key is most like its own, if their cosine
   is at least `match_threshold`. Otherwise it takes the slot that was not used for longest, emptied: free
-  ones come first, and of equals the lower number. So a bank grows with what there is to tell apart.
+  ones come first, and of equals the lower number. A slot that is taken has the token's key and says
+  nothing, before the token is written to it. So a bank grows with what there is to tell apart.
 - **Use.** A slot is used by being written, or by being asked for: some token of the segment has a query
   whose cosine with the slot's key is at least `match_threshold`. Asking comes before taking.
 - **Reclaiming.** A slot not used for `reclaim_after` segments is emptied and free.
-- **Pruning.** A slot whose key is shorter than `prune_below` holds next to nothing, is emptied and free.
+- **Pruning.** A slot whose value is shorter than `prune_below` says next to nothing, is emptied and free.
 
 Axes: b batch, c tokens that are written, s slots, k key width.
 """
@@ -56,17 +57,18 @@ class SlotRule:
             slot = torch.where(matched, alike, longest)
             here = (slots == rearrange(slot, "b -> b 1")) & kept[:, t : t + 1]
             g = rearrange(strength[:, t], "b -> b 1 1")
-            old = keys * rearrange(matched, "b -> b 1 1")
-            written = (1 - g) * old + g * rearrange(new[:, t], "b k -> b 1 k")
+            key = rearrange(new[:, t], "b k -> b 1 k")
+            written = torch.where(rearrange(matched, "b -> b 1 1"), (1 - g) * keys + g * key, key)
             keys = torch.where(rearrange(here, "b s -> b s 1"), written, keys)
             age = age.masked_fill(here, -1)
             chosen.append(slot)
             fresh.append(~matched)
         return torch.stack(chosen, 1), torch.stack(fresh, 1), age
 
-    def reclaim(self, slots: Tensor, keys: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
-        """The end of a segment: slots [b s e] and ages, with what is unused or faint emptied and free."""
+    def reclaim(self, slots: Tensor, values: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
+        """The end of a segment: slots [b s e], values being their second halves, and ages [b s], with what is
+        unused or faint emptied and free."""
         age = (age + 1).clamp(max=self.reclaim_after)
-        faint = keys.detach().norm(dim=-1) < self.prune_below
+        faint = values.detach().norm(dim=-1) < self.prune_below
         age = age.masked_fill(faint, self.reclaim_after)
         return slots * rearrange(age < self.reclaim_after, "b s -> b s 1"), age

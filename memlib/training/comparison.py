@@ -84,7 +84,24 @@ def compression() -> dict[str, Config]:
     return runs
 
 
-STUDIES = {"compression": compression}
+def slots() -> dict[str, Config]:
+    """Long-term memory in small banks, every token written: fixed slots and adaptive ones."""
+    base = override(load_config("recall_ltm"), {"memory.ltm.memory_compression_ratio": 1.0})
+    return {
+        f"ltm_{kind}_{number}": override(base, {"memory.ltm.slots": kind, "memory.ltm.num_slots": number})
+        for number in (64, 32)
+        for kind in ("fixed", "adaptive")
+    }
+
+
+def prototype() -> dict[str, Config]:
+    """The ring and its store, holding six segments of 16 tokens, and at the document's 512 places each."""
+    small = load_config("recall_ring")
+    large = {"memory.ring.short_slots": 512, "memory.ring.long_slots": 512}
+    return {"recall_ring": small, "recall_ring_512": override(small, large)}
+
+
+STUDIES = {"compression": compression, "slots": slots, "prototype": prototype}
 
 
 def named_comparison(name: str) -> dict[str, Config]:

@@ -56,13 +56,13 @@ class PlainRow:
             best = max(matches, key=matches.get, default=None)
             if best is None or matches[best] < c.match_threshold:
                 best = max(range(S), key=lambda s: (-1 if s in used else self.age[s], -s))
-                self.bank[best] = torch.zeros(E, dtype=torch.float64)
+                self.bank[best] = torch.cat((new[:K], torch.zeros(K, dtype=torch.float64)))
             self.bank[best] = (1 - g) * self.bank[best] + g * new
             used.add(best)
             self.age[best] = 0
         for s in range(S):
             self.age[s] = 0 if s in used else min(self.age[s] + 1, c.reclaim_after)
-            if self.bank[s][:K].norm() < c.prune_below:
+            if self.bank[s][K:].norm() < c.prune_below:
                 self.age[s] = c.reclaim_after
             if self.free(s):
                 self.bank[s] = torch.zeros(E, dtype=torch.float64)
@@ -119,12 +119,12 @@ class ForgetsWhoAsked(SlotRule):
 
 
 class NeverPrunes(SlotRule):
-    def reclaim(self, slots, keys, age):
-        return super().reclaim(slots, torch.ones_like(keys), age)
+    def reclaim(self, slots, values, age):
+        return super().reclaim(slots, torch.ones_like(values), age)
 
 
 class NeverReclaims(SlotRule):
-    def reclaim(self, slots, keys, age):
+    def reclaim(self, slots, values, age):
         return slots, torch.where(age < 0, 0, age)
 
 
