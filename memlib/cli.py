@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("table", help="train and measure one of the README's tables")
     command.add_argument(
-        "name", choices=["recall", "rewrite", "passkey", "compression", "slots", "prototype"]
+        "name", choices=["recall", "rewrite", "passkey", "mixed", "compression", "slots", "prototype"]
     )
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     command.add_argument("--segments", type=int, nargs="+", help="default: the lengths of the stored table")

@@ -124,7 +124,22 @@ class ExternalMemoryConfig(MemoryOptions):
     gate_init: float = option(
         0.0, "heads: the gate's initial logit; joint: what is added to the hits' scores"
     )
-
+    retrieval_gate: Literal["none", "layer", "query"] = option(
+        "none",
+        "the hybrid's g_retrieve: training weighs what came back by sigma(g), inference does not search "
+        "where sigma(g) is small. layer: one g for the layer; query: one for each token; none: always, whole",
+    )
+    retrieval_gate_init: float = option(0.5, "initial g_retrieve; sigma(0.5) = 0.62")
+    retrieval_threshold: float = option(0.5, "inference searches where sigma(g) is above", 0.0, 1.0)
+    retrieval_weighted: bool = option(
+        True, "inference weighs what came back by sigma(g), as training does; false, the document: whole"
+    )
+    exploration: float = option(
+        0.0, "training: scale of the noise on g, under which gates learn to be open or shut", 0.0
+    )
+    retrieval_cost: float = option(
+        0.0, "training adds this x mean sigma(g) to the loss: what a search must be worth", 0.0
+    )
     index: IndexConfig = option(IndexConfig, "how an attached store searches")
 
     @property
@@ -316,6 +331,20 @@ class PasskeyConfig:
 
 
 @dataclass(kw_only=True)
+class MixedConfig:
+    """Many facts shown once and a few registers set again and again; asked for both in the end."""
+
+    num_facts: int = option(16, "facts shown", 1)
+    num_fact_keys: int = option(32, "distinct keys of facts", 1)
+    num_registers: int = option(4, "registers", 1)
+    num_settings: int = option(3, "times each register is set; the last one counts", 1)
+    fact_queries: int = option(3, "facts asked in the last segment", 1)
+    register_queries: int = option(2, "registers asked in the last segment", 1)
+    num_values: int = option(16, "distinct values; chance is 1 / num_values", 2)
+    num_fillers: int = option(16, "distinct distractor tokens", 1)
+
+
+@dataclass(kw_only=True)
 class CopyConfig:
     """Say the first segment's symbols again, in order, in the last segment."""
 
@@ -356,11 +385,12 @@ class TextConfig:
 class TaskConfig:
     """What the model is trained and measured on."""
 
-    name: Literal["recall", "passkey", "copy", "qa", "text"] = option("recall", "the task")
+    name: Literal["recall", "passkey", "mixed", "copy", "qa", "text"] = option("recall", "the task")
     segments: int = option(4, "segments in an example (at most, where segments_min is set)", 1)
     segments_min: int | None = option(None, "training draws the length from segments_min … segments", 1)
     recall: RecallConfig = option(RecallConfig, "associative recall")
     passkey: PasskeyConfig = option(PasskeyConfig, "passkey in noise")
+    mixed: MixedConfig = option(MixedConfig, "facts and registers")
     copy: CopyConfig = option(CopyConfig, "copy and selective copy")
     qa: QaConfig = option(QaConfig, "stories and questions")
     text: TextConfig = option(TextConfig, "real text")

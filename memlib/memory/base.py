@@ -121,6 +121,13 @@ class Memory(nn.Module, ABC):
     def write(self, hidden: Tensor, state: Any, mask: Tensor) -> State:
         """The state after a segment; hidden: [b n d], mask: [b n], true for tokens that count."""
 
+    def losses(self, hidden: Tensor, state: Any) -> dict[str, Tensor]:
+        """What training adds to the loss for this memory's sake, by name and with its coefficient.
+
+        hidden: [b n d], state: as `read` takes them -> scalars, each a mean over the tokens.
+        """
+        return {}
+
     def mix(self, hidden: Tensor, attended: Tensor, logsumexp: Callable[[], Tensor], state: Any) -> Tensor:
         """The heads' attention with the memory's share in it; attended: [b h n k] -> [b h n k].
 

@@ -25,7 +25,7 @@ from memlib.config import Config, get_memory_bank_assignments, get_memory_kinds
 from memlib.memory import MEMORIES
 from memlib.memory.base import State
 from memlib.memory.gates import Gate
-from memlib.models.block import MemoryTransformerBlock
+from memlib.models.block import MemoryTransformerBlock, add_losses
 from memlib.nn.attention import window_mask
 from memlib.nn.norm import RMSNorm
 
@@ -60,7 +60,8 @@ class ModelOutput:
     """What a forward pass returns, by attribute or by key: `outputs.logits`, `outputs["logits"]`.
 
     logits: [b t v]; loss: scalar or None; memory_state: what to pass to the next call;
-    router_losses: the routers' auxiliary losses by name, empty without a router.
+    router_losses: what training adds for the routers' and retrieval gates' sake, by name, with its
+    coefficient; empty without them and in evaluation.
     """
 
     logits: Tensor
@@ -196,10 +197,13 @@ class MemoryTransformer(nn.Module):
         state = memory_state or self.init_state(input_ids.shape[0])
         mask = None if attention_mask is None else attention_mask.bool()
         logits, start = [], 0
+        losses: dict[str, Tensor] = {}
         while start < input_ids.shape[1]:
             stop = start + self.config.model.segment_length - state.window.length
             piece = slice(start, min(stop, input_ids.shape[1]))
-            stream, state = self.advance(input_ids[:, piece], None if mask is None else mask[:, piece], state)
+            part = None if mask is None else mask[:, piece]
+            stream, state, more = self.advance(input_ids[:, piece], part, state)
+            add_losses(losses, more, stream.shape[1] / input_ids.shape[1])
             logits.append(self.head(self.norm(stream)))
             start = piece.stop
         joined = torch.cat(logits, 1)
@@ -207,12 +211,14 @@ class MemoryTransformer(nn.Module):
         if labels is not None:
             predicted = rearrange(joined[:, :-1], "b t v -> (b t) v")
             loss = F.cross_entropy(predicted, rearrange(labels[:, 1:], "b t -> (b t)"))
-        return ModelOutput(joined, state, loss, {})
+        return ModelOutput(joined, state, loss, losses)
 
-    def advance(self, ids: Tensor, mask: Tensor | None, state: MemoryState) -> tuple[Tensor, MemoryState]:
+    def advance(
+        self, ids: Tensor, mask: Tensor | None, state: MemoryState
+    ) -> tuple[Tensor, MemoryState, dict[str, Tensor]]:
         """Read up to the end of the open segment, and write it if that completes it.
 
-        ids: [b m] -> the residual stream [b m d] and the state after it.
+        ids: [b m] -> the residual stream [b m d], the state after it, and the memories' losses.
         """
         past, whole = state.window, mask is None and not state.window.length
         new = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
@@ -222,19 +228,21 @@ class MemoryTransformer(nn.Module):
         keys: list[Tensor] = []
         values: list[Tensor] = []
         hidden: list[Tensor] = []
+        losses: dict[str, Tensor] = {}
         for layer, block in enumerate(self.blocks):
             states = [state.banks[place] for place in self.places.get(layer, ())]
             output = block(stream, past.keys[layer], past.values[layer], allowed, states)
             stream = output.stream
+            add_losses(losses, output.losses)
             keys.append(output.keys)
             values.append(output.values)
             if layer in self.bank_of_layer:
                 hidden.append(torch.cat((past.hidden[len(hidden)], output.hidden), 1))
         window = Window(tuple(keys), tuple(values), tuple(hidden), valid)
         if window.length < self.config.model.segment_length:
-            return stream, MemoryState(state.banks, window)
+            return stream, MemoryState(state.banks, window), losses
         banks = self.write(window.hidden, state.banks, valid)
-        return stream, MemoryState(banks, window.map(_emptied))
+        return stream, MemoryState(banks, window.map(_emptied)), losses
 
     def write(self, hidden: tuple[Tensor, ...], banks: tuple[State, ...], mask: Tensor) -> tuple[State, ...]:
         """Every memory layer writes the finished segment, in layer order; hidden: per layer [b n d].

@@ -33,8 +33,9 @@ COMPARISONS = {
     "recall": ["recall_baseline", "recall_internal", "recall_hds", "recall_external"],
     "rewrite": ["rewrite_baseline", "rewrite_internal"],
     "passkey": ["passkey_baseline", "passkey_external"],
+    "mixed": ["mixed_baseline", "mixed_internal", "mixed_external", "mixed_hybrid"],
 }
-LENGTHS = {"passkey": [4, 32, 66, 128]}  # segments to measure at, where not 4, 6 and 32
+LENGTHS = {"passkey": [4, 32, 66, 128], "mixed": [4, 16]}  # segments to measure at, where not 4, 6 and 32
 RATIOS = (1.0, 0.5, 0.25, 0.125)
 
 

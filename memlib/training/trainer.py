@@ -156,16 +156,21 @@ class Trainer:
             state = self.model.reset(self.carried, batch.starts)
         loss, right = 0.0, 0
         horizon = (self.config.training.horizon or task.segments) * task.segment_length
+        count = self.config.training.gradient_accumulation_steps
         for start in range(0, batch.tokens.shape[1], horizon):
             part = slice(start, start + horizon)
             output = self.model(batch.tokens[:, part], memory_state=state)
             state = output.memory_state.detach()
             where = batch.targets[:, part], batch.scored[:, part]
+            share = output.logits.shape[1] / batch.tokens.shape[1] / count
+            pieces = [share * extra for extra in output.router_losses.values()]
             if bool(where[1].any()):
-                piece = scored_cross_entropy(output.logits, *where) / positions
+                pieces.append(scored_cross_entropy(output.logits, *where) / positions)
+                right += correct(output.logits, *where)
+            if pieces:
+                piece = torch.stack(pieces).sum()
                 piece.backward()
                 loss += float(piece.detach())
-                right += correct(output.logits, *where)
         self.carried = state if task.continues else None
         return loss, right
 
