@@ -154,18 +154,23 @@ class Trainer:
         state = None
         if task.continues and self.carried is not None:
             state = self.model.reset(self.carried, batch.starts)
-        loss, right = 0.0, 0
+        loss, right, length = 0.0, 0, batch.tokens.shape[1]
         horizon = (self.config.training.horizon or task.segments) * task.segment_length
-        for start in range(0, batch.tokens.shape[1], horizon):
+        for start in range(0, length, horizon):
             part = slice(start, start + horizon)
             output = self.model(batch.tokens[:, part], memory_state=state)
             state = output.memory_state.detach()
             where = batch.targets[:, part], batch.scored[:, part]
+            terms = list(output.router_losses.values())
+            share = (min(start + horizon, length) - start) / length
+            total = share * sum(terms) / self.config.training.gradient_accumulation_steps
             if bool(where[1].any()):
                 piece = scored_cross_entropy(output.logits, *where) / positions
-                piece.backward()
+                total = total + piece
                 loss += float(piece.detach())
                 right += correct(output.logits, *where)
+            if isinstance(total, Tensor) and total.requires_grad:
+                total.backward()
         self.carried = state if task.continues else None
         return loss, right
 
