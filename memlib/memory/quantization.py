@@ -45,7 +45,8 @@ def quantize_memory_bank(tensor: Tensor, bits: int = 8, group_size: int = 64) ->
         tensor.to(torch.promote_types(tensor.dtype, torch.float32)), ceil(tensor.shape[-1] / group_size)
     )
     scales = grouped.abs().amax(-1) / Q_MAX[bits]
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    normal = scales > torch.finfo(scales.dtype).tiny  # below, a scale is too coarse for its own group
+    scales = torch.where(normal, scales, torch.ones_like(scales))
     q = torch.round(grouped / rearrange(scales, "... -> ... 1")).clamp(-Q_MAX[bits], Q_MAX[bits])
     flat = rearrange(q, "... g w -> ... (g w)")[..., : tensor.shape[-1]].to(torch.int8)
     return (flat if bits == 8 else pack(flat)), scales

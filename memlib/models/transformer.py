@@ -25,7 +25,7 @@ from memlib.config import Config, get_memory_bank_assignments, get_memory_kinds
 from memlib.memory import MEMORIES
 from memlib.memory.base import Memory, State
 from memlib.memory.gates import Gate
-from memlib.models.block import MemoryTransformerBlock
+from memlib.models.block import StreamBlock
 from memlib.nn.attention import window_mask
 from memlib.nn.norm import RMSNorm
 
@@ -96,7 +96,7 @@ class MemoryTransformer(nn.Module):
         kinds_of_layer = get_memory_kinds(config)
         self.embedding = nn.Embedding(model.vocab_size, model.hidden_dim)
         self.blocks = nn.ModuleList(
-            MemoryTransformerBlock(
+            StreamBlock(
                 model.hidden_dim,
                 model.num_heads,
                 model.intermediate_dim,
@@ -152,9 +152,9 @@ class MemoryTransformer(nn.Module):
             if extra is not None and self.config.memory.wo_init_zero:
                 extra.down_proj.weight.zero_()
 
-    def block(self, layer: int) -> MemoryTransformerBlock:
+    def block(self, layer: int) -> StreamBlock:
         """The block of a layer."""
-        return cast(MemoryTransformerBlock, self.blocks[layer])
+        return cast(StreamBlock, self.blocks[layer])
 
     # -------------------------------------------------------------------------------------- the state
 
