@@ -5,6 +5,7 @@ import torch
 
 from memlib import MemoryTransformer, count_parameters, record
 from memlib.config import ChaptersMemoryConfig, Config, ConfigError, override
+from memlib.lab.measures import chapter_loads
 from memlib.memory import MEMORIES, ChapterMemory
 from memlib.memory.chapters import ChapterState, newest
 from memlib.memory.routers import rolling_mean, router_losses
@@ -273,6 +274,8 @@ def test_choices_can_be_recorded(strategy):
     assert ((weight.values > 0).sum(-1) == 2).all()
     torch.testing.assert_close(torch.tensor(weight.values.sum(-1)), torch.ones(3, 3, 12))
     torch.testing.assert_close(torch.tensor(probability.values.sum(-1)), torch.ones(3, 3, 12))
+    loads = [sum(weight.values[1, b, n, c] for b in range(3) for n in range(12)) / 36 for c in range(4)]
+    assert chapter_loads(trace, layer=1).tolist() == pytest.approx(loads)
 
 
 def test_checkpointing_changes_no_gradient():
