@@ -129,17 +129,18 @@ class ChapterMemory(Memory):
         choice = self.router.choose(self.summary(hidden, cast(ChapterState, state)))
         self.tell(choice, hidden.shape[1])
         bank = cast(ChapteredMemoryBank, self.bank)
+        log_weights = choice.log_weights.to(hidden.dtype)
         used, place = choice.indices.unique(return_inverse=True)
         chapters = bank.chapters(used)
         if choice.indices.shape[1] == 1:
-            bias = repeat(choice.log_weights, "b 1 k -> b 1 (k t)", t=bank.tokens_per_chapter)
+            bias = repeat(log_weights, "b 1 k -> b 1 (k t)", t=bank.tokens_per_chapter)
             read = self.attention(hidden, chapters, bias, rearrange(place, "b 1 k -> b k"))
         else:
             closed = hidden.new_full((*hidden.shape[:2], len(used)), -torch.inf)
-            bias = closed.scatter(-1, place, choice.log_weights)
+            bias = closed.scatter(-1, place, log_weights)
             bias = repeat(bias, "b n u -> b n (u t)", t=bank.tokens_per_chapter)
             read = self.attention(hidden, rearrange(chapters, "u t e -> (u t) e"), bias)
-        return choice.weights.sum(-1, keepdim=True) * read
+        return log_weights.exp().sum(-1, keepdim=True) * read
 
     def write(self, hidden: Tensor, state: State, mask: Tensor) -> State:
         if not isinstance(state, ChapterState):

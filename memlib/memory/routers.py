@@ -17,7 +17,8 @@ token. In a stream the summary is that of the segment before (`memlib.memory.cha
 causal.
 
 With logits z = s W + b and p = softmax(z), the chosen are the k largest. Their weights are p, made to sum
-to 1 for k > 1 (Mixtral); for k = 1 the weight is p itself (Switch), else it would have no gradient.
+to 1 for k > 1 (Mixtral); for k = 1 the weight is p itself (Switch), else it would have no gradient. All
+from the logits on is in float32 at least: half precision decides differently (Switch, section 2.4).
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ class ChapterRouter(nn.Module):
     def choose(self, summary: Tensor) -> Choice:
         """The choices that summaries [b g d] lead to."""
         logits = self.proj(summary)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         best, indices = torch.log_softmax(logits, -1).topk(self.top_k, -1)
         if self.top_k > 1:
             best = torch.log_softmax(best, -1)

@@ -128,6 +128,14 @@ def test_a_choice_that_no_token_shares_gives_no_nan():
     assert all(bool(torch.isfinite(p.grad).all()) for p in built.parameters())
 
 
+@strategies
+def test_half_precision_routes_in_full(strategy):
+    built = memory(routing_strategy_inference=strategy).to(torch.bfloat16)
+    hidden = random(B, N, D).to(torch.bfloat16)
+    assert built.read(hidden, built.init_state(B)).dtype == torch.bfloat16
+    assert built.router.choose(hidden).logits.dtype == torch.float32
+
+
 def test_only_the_chosen_chapters_are_touched():
     built = memory(top_k_chapters=1)
     built.read(random(1, N, D), built.init_state(1)).sum().backward()
