@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "memlib.config": [
+        "ChaptersMemoryConfig",
         "Config",
         "ConfigError",
         "ExternalMemoryConfig",
@@ -26,8 +27,37 @@ _HOME = {
         "override",
         "save_config",
     ],
-    "memlib.memory": ["MEMORIES", "ExternalMemory", "InternalMemory", "Memory", "State"],
-    "memlib.models": ["MemoryState", "MemoryTransformer", "MemoryTransformerBlock", "ModelOutput"],
+    "memlib.memory": ["MEMORIES", "ChapterMemory", "ExternalMemory", "InternalMemory", "Memory", "State"],
+    "memlib.memory.attention": ["MemoryCrossAttention"],
+    "memlib.memory.banks": [
+        "ChapteredMemoryBank",
+        "FactorizedMemoryBank",
+        "MemoryBank",
+        "ReducedDimMemoryBank",
+        "StandardMemoryBank",
+        "create_memory_bank",
+    ],
+    "memlib.memory.quantization": [
+        "QuantizedMemoryBank",
+        "dequantize_memory_bank",
+        "pack_memory_banks",
+        "quantize_memory_bank",
+    ],
+    "memlib.memory.routers": [
+        "ChapterRouter",
+        "HybridRouter",
+        "RollingRouter",
+        "RouterLossOptions",
+        "TokenLevelRouter",
+        "router_losses",
+    ],
+    "memlib.models": [
+        "MemoryState",
+        "MemoryTransformer",
+        "MemoryTransformerBlock",
+        "ModelOutput",
+        "VanillaTransformerBlock",
+    ],
     "memlib.models.info": [
         "count_parameters",
         "format_params",

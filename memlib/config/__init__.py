@@ -24,6 +24,7 @@ from memlib.config.files import (
     to_dict,
 )
 from memlib.config.schema import (
+    ChaptersMemoryConfig,
     CopyConfig,
     ExternalMemoryConfig,
     HdsMemoryConfig,
@@ -44,6 +45,7 @@ from memlib.config.schema import (
 )
 
 __all__ = [
+    "ChaptersMemoryConfig",
     "Config",
     "ConfigError",
     "CopyConfig",

@@ -40,6 +40,11 @@ class MemoryOptions:
         """Of the memory layers, each n-th one has it."""
         return 1
 
+    @property
+    def carries(self) -> bool:
+        """Whether what it says depends on what earlier segments said."""
+        return True
+
     def check(self, model: ModelConfig, path: str) -> None:
         """Refuse combinations of this memory's options that cannot work, with a ConfigError."""
 
@@ -278,6 +283,93 @@ class RingMemoryConfig(MemoryOptions):
 
 
 @dataclass(kw_only=True)
+class ChaptersMemoryConfig(MemoryOptions):
+    """Learnable memory tokens, whole or in chapters chosen by a router (spec D1-D5, D7)."""
+
+    num_memory_tokens: int = option(1024, "learnable tokens of a bank", 1)
+    memory_dim: int | None = option(None, "width of a token; hidden_dim if null", 1)
+    init_std: float = option(0.02, "tokens start normal with this deviation", 0.0)
+    num_heads: int = option(4, "heads of the attention over the tokens", 1)
+    use_flash_attention: bool = option(True, "torch's fused attention; off: the same in plain steps")
+    gradient_checkpointing: bool = option(False, "compute the attention again in the backward pass")
+    use_low_rank_memory: bool = option(False, "keep the tokens in fewer numbers")
+    memory_rank: int = option(64, "rank r of low-rank tokens", 1)
+    low_rank_mode: Literal["factorized", "reduced_dim"] = option(
+        "factorized", "factorized: M = A B^T; reduced_dim: tokens of width r, attended to at that width"
+    )
+    use_low_rank_projections: bool = option(False, "attend at width projection_rank instead of hidden_dim")
+    projection_rank: int = option(64, "inner width of low-rank projections", 1)
+    use_chapters: bool = option(True, "read the chapters a router chooses; off: read all tokens")
+    num_chapters: int = option(16, "chapters c; must divide num_memory_tokens", 1)
+    tokens_per_chapter: int | None = option(
+        None, "tokens of a chapter; num_memory_tokens / num_chapters if null, else it must be that", 1
+    )
+    top_k_chapters: int = option(4, "chapters k that are read", 1)
+    routing_strategy_train: Literal["sequence"] = option(
+        "sequence", "in training. sequence: by the mean of the segment before, for the whole segment"
+    )
+    routing_strategy_inference: Literal["sequence", "rolling", "token", "hybrid"] = option(
+        "sequence",
+        "in use. rolling: by the mean of the last tokens; token: by each token; hybrid: half sequence, "
+        "half rolling",
+    )
+    routing_window_size: int = option(64, "rolling, hybrid: tokens in the mean", 1)
+    use_load_balance_loss: bool = option(True, "training: even use of the chapters, as Switch has it")
+    load_balance_coefficient: float = option(0.01, "what it counts", 0.0)
+    use_auxiliary_loss: bool = option(False, "training: no chapter used too much or too little on average")
+    auxiliary_loss_coefficient: float = option(0.01, "what it counts", 0.0)
+    use_z_loss: bool = option(False, "training: small router logits, as ST-MoE has it")
+    z_loss_coefficient: float = option(0.001, "what it counts", 0.0)
+    quantize_memory: bool = option(False, "train the tokens through rounding to few bits")
+    memory_quant_bits: int = option(8, "bits of a number: 8 or 4", 4, 8)
+    quant_group_size: int = option(64, "numbers that share a scale, at most", 1)
+
+    @property
+    def carries(self) -> bool:
+        return self.use_chapters and self.routing_strategy_inference != "token"
+
+    def check(self, model: ModelConfig, path: str) -> None:
+        reduced = self.use_low_rank_memory and self.low_rank_mode == "reduced_dim"
+        name, inner = "model.hidden_dim", model.hidden_dim
+        if self.use_low_rank_projections:
+            name, inner = f"{path}.projection_rank", self.projection_rank
+        if reduced:
+            name, inner = f"{path}.memory_rank", self.memory_rank
+        if inner % self.num_heads:
+            raise ConfigError(f"{path}.num_heads = {self.num_heads}: must divide {name} = {inner}")
+        if self.use_chapters:
+            self.check_chapters(path)
+        if not self.quantize_memory:
+            return
+        if self.memory_quant_bits not in (8, 4):
+            raise ConfigError(f"{path}.memory_quant_bits = {self.memory_quant_bits}: must be 8 or 4")
+        width = self.memory_rank if self.use_low_rank_memory else self.memory_dim or model.hidden_dim
+        if self.memory_quant_bits == 4 and width % 2:
+            name = "memory_rank" if self.use_low_rank_memory else "memory_dim"
+            raise ConfigError(
+                f"{path}.{name} = {width}: must be even to pack 4 bits two to a byte; "
+                f"or set {path}.memory_quant_bits: 8"
+            )
+
+    def check_chapters(self, path: str) -> None:
+        tokens, chapters = self.num_memory_tokens, self.num_chapters
+        if tokens % chapters:
+            raise ConfigError(
+                f"{path}.num_chapters = {chapters}: must divide {path}.num_memory_tokens = {tokens}"
+            )
+        if self.tokens_per_chapter not in (None, tokens // chapters):
+            raise ConfigError(
+                f"{path}.tokens_per_chapter = {self.tokens_per_chapter}: {tokens} tokens in {chapters} "
+                f"chapters are {tokens // chapters} each; leave it null or change {path}.num_memory_tokens"
+            )
+        if self.top_k_chapters > chapters:
+            raise ConfigError(
+                f"{path}.top_k_chapters = {self.top_k_chapters}: must be at most "
+                f"{path}.num_chapters = {chapters}"
+            )
+
+
+@dataclass(kw_only=True)
 class MemoryConfig:
     """What remembers, in which layers, shared how, and fused how."""
 
@@ -306,6 +398,7 @@ class MemoryConfig:
     hds: HdsMemoryConfig = option(HdsMemoryConfig, "hierarchy of levels over several decaying banks")
     ltm: LtmMemoryConfig = option(LtmMemoryConfig, "the LTM transformer's long-term memory")
     ring: RingMemoryConfig = option(RingMemoryConfig, "the prototype's ring and store")
+    chapters: ChaptersMemoryConfig = option(ChaptersMemoryConfig, "learnable memory tokens, in chapters")
 
 
 @dataclass(kw_only=True)

@@ -184,11 +184,12 @@ class ExternalMemory(Memory):
         search = gate > self.config.retrieval_threshold
         return Asked(gate, search, gate * search if self.config.retrieval_weighted else search.to(gate.dtype))
 
-    def losses(self, hidden: Tensor, state: Any) -> dict[str, Tensor]:
+    def losses(self, hidden: Tensor, state: Any, mask: Tensor) -> dict[str, Tensor]:
         """retrieval_cost x mean sigma(g): gates then open where retrieval is worth that much."""
         if self.retrieval is None or not self.config.retrieval_cost:
             return {}
-        return {"retrieval": self.config.retrieval_cost * torch.sigmoid(self.retrieval.logit(hidden)).mean()}
+        gate = torch.sigmoid(self.retrieval.logit(hidden))
+        return {"retrieval": self.config.retrieval_cost * gate[mask].mean()}
 
     def find(self, hidden: Tensor, state: Any, asked: Asked | None = None) -> Found:
         """The top_k pairs nearest to each token that asks; for the others nothing is computed."""

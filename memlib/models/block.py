@@ -27,17 +27,15 @@ from memlib.nn.norm import RMSNorm
 
 
 class BlockOutput(NamedTuple):
-    """stream [b n d]; keys, values of the window [b h p+n k]; hidden [b n d], what is written;
-    losses: what the memories add to the loss in training, by name."""
+    """stream [b n d]; keys, values of the window [b h p+n k]; hidden [b n d], what is written."""
 
     stream: Tensor
     keys: Tensor
     values: Tensor
     hidden: Tensor
-    losses: dict[str, Tensor]
 
 
-class MemoryTransformerBlock(nn.Module):
+class StreamBlock(nn.Module):
     """A block with any number of memories by name; with none it is the plain pre-norm block.
 
     stream: [b n d]; past_keys, past_values: [b h p k], mask: as `SelfAttention` takes them;
@@ -94,15 +92,7 @@ class MemoryTransformerBlock(nn.Module):
             hidden = self.memory_norm(stream)
             stream = self.fusion(stream, self.read(hidden, states))
         stream = stream + self.dropout(self.mlp(self.mlp_norm(stream)))
-        losses = self.losses(hidden, states) if self.training else {}
-        return BlockOutput(stream, keys, values, hidden, losses)
-
-    def losses(self, hidden: Tensor, states: Sequence[State]) -> dict[str, Tensor]:
-        """The memories' own losses, those of one name added up."""
-        total: dict[str, Tensor] = {}
-        for memory, state in zip(self.kinds(), states, strict=True):
-            add_losses(total, memory.losses(hidden, state))
-        return total
+        return BlockOutput(stream, keys, values, hidden)
 
     def read(self, hidden: Tensor, states: Sequence[State]) -> list[Tensor]:
         """What each memory has to say to each token; hidden: [b n d] -> one [b n d] per memory."""
@@ -128,12 +118,6 @@ class MemoryTransformerBlock(nn.Module):
         for memory in self.kinds():
             if memory.in_attention:
                 memory.close()
-
-
-def add_losses(total: dict[str, Tensor], more: Mapping[str, Tensor], weight: float = 1.0) -> None:
-    """total += weight * more, name by name, in place."""
-    for name, loss in more.items():
-        total[name] = total.get(name, 0.0) + weight * loss
 
 
 def mix_all(

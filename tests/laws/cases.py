@@ -32,6 +32,13 @@ SMALL = {  # sizes by field name, in any memory's dataclass
     "long_slots": 4,
     "slot_dim": 16,
     "reclaim_after": 2,
+    "num_memory_tokens": 8,
+    "use_low_rank_memory": True,
+    "memory_rank": 4,
+    "num_chapters": 4,
+    "top_k_chapters": 2,
+    "routing_window_size": 6,
+    "load_balance_coefficient": 0.0,  # else a piece without answers has a gradient too
 }
 
 SHARINGS = ("shared", "per_layer", "every_k_layers")
@@ -86,6 +93,11 @@ def stir(model: MemoryTransformer, size: float = 0.3) -> MemoryTransformer:
     for parameter in model.parameters():
         parameter += size * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     return model
+
+
+def carries(config: Config) -> bool:
+    """Whether something said in one segment can reach a later one."""
+    return any(getattr(config.memory, kind).carries for kind in config.memory.kinds)
 
 
 def memory_config(kind: str) -> type:
