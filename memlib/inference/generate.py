@@ -292,7 +292,7 @@ def separated(model: MemoryTransformer, memory_state: States, rows: int) -> list
     for row, one in enumerate(states):
         if one.window.mask.shape[0] != 1:
             raise ValueError(
-                f"memory_state[{row}] holds {one.window.mask.shape[0]} rows: in a list each state is one row's"
+                f"memory_state[{row}] holds {one.window.mask.shape[0]} rows: in a list each state is of one"
             )
     return states
 

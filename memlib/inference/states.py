@@ -52,7 +52,8 @@ def load_state(path: str | os.PathLike[str], model: MemoryTransformer) -> tuple[
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except FileNotFoundError:
         raise StateError(f"{path}: no such file; save_state writes it") from None
     except (SafetensorError, OSError) as error:

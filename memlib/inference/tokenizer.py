@@ -34,7 +34,7 @@ class ByteTokenizer:
     Bytes that are no UTF-8 come out as �, and so do ids above 255.
     """
 
-    stop = (SEPARATOR,)
+    stop: tuple[int, ...] = (SEPARATOR,)
 
     def encode(self, text: str) -> list[int]:
         ids = list(text.encode())
@@ -60,7 +60,9 @@ class WordTokenizer:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
-        self.ids = {name: i for i, name in reversed(list(enumerate(self.names)))}
+        self.ids: dict[str, int] = {}
+        for i, name in enumerate(self.names):
+            self.ids.setdefault(name, i)
 
     def encode(self, text: str) -> list[int]:
         words = text.split()

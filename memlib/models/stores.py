@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from memlib.config import IndexConfig
 from memlib.memory.external import ExternalMemory, shape_for
-from memlib.memory.shelves import StoreShelf
+from memlib.memory.shelves import StoredState, StoreShelf
 from memlib.memory.stale import StaleKeys, stale_keys
 from memlib.memory.storage import MANIFEST, open_store, save_store
 from memlib.memory.store import Store
@@ -88,7 +89,7 @@ def forget_streams(model: MemoryTransformer, state: MemoryState) -> None:
     for layer, places in model.places.items():
         for place, memory in zip(places, model.block(layer).kinds(), strict=True):
             if isinstance(memory, ExternalMemory) and isinstance(memory.shelf, StoreShelf):
-                for stream in state.banks[place].stream.tolist():
+                for stream in cast(StoredState, state.banks[place]).stream.tolist():
                     memory.shelf.store.forget(stream)
 
 
