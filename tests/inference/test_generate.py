@@ -9,6 +9,7 @@ from memlib.inference import GenerationConfig, TokenStream, generate, stream
 from memlib.inference.generate import drained
 from memlib.inference.sampling import seeded
 from memlib.memory import MEMORIES
+from memlib.models.stores import attach_stores
 from tests.laws.cases import BASELINE, SEGMENT, VOCAB, Case, stir, variants
 from tests.laws.laws import same, same_state
 
@@ -145,6 +146,20 @@ def test_a_batch_state_goes_in_and_comes_out_where_rows_stand_together():
     apart = generate(model, *prompts([1, 2]), max_new_tokens=1)
     with pytest.raises(ValueError, match=r"the rows have \[2, 3\] tokens in their open windows"):
         _ = apart.memory_state
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_with_stores_as_without(cached):
+    """Uncached, each step files the stream again, in a copy: nothing that was filed is seen twice."""
+    ids, mask = prompts()
+    want = generate(one_of("external").build(), ids, mask, max_new_tokens=7)
+    model = one_of("external").build()
+    attach_stores(model)
+    got = generate(model, ids, mask, max_new_tokens=7, cached=cached)
+    assert torch.equal(got.tokens, want.tokens)
+    more = generate(model, *prompts([3, 1, 2, 2]), got.states, max_new_tokens=4, cached=cached)
+    there = generate(one_of("external").build(), *prompts([3, 1, 2, 2]), want.states, max_new_tokens=4)
+    assert torch.equal(more.tokens, there.tokens)
 
 
 def test_padding_may_stand_anywhere():
