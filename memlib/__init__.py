@@ -71,8 +71,19 @@ _HOME = {
     "memlib.tasks": ["TASKS", "make_task"],
     "memlib.training.checkpoint": ["load_checkpoint", "save_checkpoint", "set_seed"],
     "memlib.training.optimizer": ["get_cosine_schedule", "get_linear_schedule"],
-    "memlib.training.trainer": ["Trainer", "load_run"],
+    "memlib.training.trainer": ["Trainer", "load_model", "load_run"],
     "memlib.evaluation": ["evaluate"],
+    "memlib.inference": [
+        "Generation",
+        "GenerationConfig",
+        "Sessions",
+        "TokenStream",
+        "generate",
+        "load_state",
+        "save_state",
+        "stream",
+        "tokenizer_for",
+    ],
     "memlib.lab.trace": ["Trace", "record"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

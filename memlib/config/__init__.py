@@ -16,6 +16,7 @@ from memlib.config.config import (
 )
 from memlib.config.fields import ConfigError, from_dict, option, override
 from memlib.config.files import (
+    differences,
     load_config,
     parse_overrides,
     preset_names,
@@ -65,6 +66,7 @@ __all__ = [
     "TaskConfig",
     "TextConfig",
     "TrainingConfig",
+    "differences",
     "from_dict",
     "get_memory_bank_assignments",
     "get_memory_kinds",

@@ -53,6 +53,11 @@ class State:
         """The given rows of the batch, in that order; index: [r] integers."""
         return self.map(lambda tensor: tensor.index_select(0, index))
 
+    def join(self, *others: Self) -> Self:
+        """One batch of this state's rows and then the others', in that order."""
+        named = iter(zip(*(state.named_tensors() for state in (self, *others)), strict=True))
+        return self.map(lambda _: torch.cat([tensor for _, tensor in next(named)]))
+
     def where(self, rows: Tensor, other: Self) -> Self:
         """This state where rows: [b] is true, the other elsewhere."""
 

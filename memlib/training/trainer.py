@@ -292,6 +292,23 @@ def load_run(folder: str | os.PathLike[str]) -> Trainer:
 
     Raises CheckpointError if the folder holds no checkpoint.
     """
-    if latest_checkpoint(folder) is None:
-        raise CheckpointError(f"{folder}: no checkpoint here; train one with memlib train … --out {folder}")
+    newest_checkpoint(folder)
     return Trainer(load_config(Path(folder, "config.yaml")), folder, resume=True)
+
+
+def load_model(folder: str | os.PathLike[str]) -> MemoryTransformer:
+    """A trained run's model at its newest checkpoint, ready to use: its data need not be there.
+
+    Raises CheckpointError if the folder holds no checkpoint.
+    """
+    path, config = newest_checkpoint(folder), load_config(Path(folder, "config.yaml"))
+    model = MemoryTransformer(config)
+    load_checkpoint(path, model)
+    return model.to(config.training.device).eval()
+
+
+def newest_checkpoint(folder: str | os.PathLike[str]) -> Path:
+    found = latest_checkpoint(folder)
+    if found is None:
+        raise CheckpointError(f"{folder}: no checkpoint here; train one with memlib train … --out {folder}")
+    return found

@@ -11,7 +11,7 @@ from memlib.config import ConfigError, load_config, override
 from memlib.tasks import Batch
 from memlib.training.checkpoint import CheckpointError, flatten_optimizer, latest_checkpoint
 from memlib.training.log import read_log
-from memlib.training.trainer import Trainer, TrainingDiverged, load_run
+from memlib.training.trainer import Trainer, TrainingDiverged, load_model, load_run
 
 
 def train(config, folder=None, until=None, resume=False):
@@ -99,6 +99,18 @@ def test_a_finished_run_opens_from_its_folder(tiny, tmp_path):
     ]
     with pytest.raises(CheckpointError, match=r"nowhere: no checkpoint here; train one with memlib train"):
         load_run(tmp_path / "nowhere")
+
+
+def test_a_model_opens_without_its_data(tiny, text, tmp_path):
+    trained = train(tiny(text), tmp_path / "run")
+    (tmp_path / "verses.txt").unlink()
+    with pytest.raises(ValueError, match="no such file or folder"):
+        load_run(tmp_path / "run")
+    model = load_model(tmp_path / "run")
+    same(dict(model.named_parameters()), dict(trained.model.named_parameters()))
+    assert not model.training
+    with pytest.raises(CheckpointError, match=r"nowhere: no checkpoint here; train one with memlib train"):
+        load_model(tmp_path / "nowhere")
 
 
 def test_a_folder_that_holds_a_run_is_refused_without_resume(tiny, tmp_path):
