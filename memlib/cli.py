@@ -99,6 +99,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", type=Path, help="also write the results here")
     command.set_defaults(run=retrieval)
 
+    command = commands.add_parser("hybrid", help="measure what each part of a trained hybrid is worth")
+    command.add_argument("runs", nargs="+", type=Path, help="folders of runs, or of their seeds")
+    command.add_argument("--segments", type=int, default=16, help="length to measure at")
+    command.add_argument("--family", default="fact", help="tokens whose search the oracle's gate makes")
+    command.add_argument("--examples", type=int, default=128)
+    command.add_argument("--json", type=Path, help="also write the results here")
+    command.set_defaults(run=hybrid)
+
     command = commands.add_parser("config", help="show, check or document configurations")
     what = command.add_subparsers(required=True, metavar="WHAT")
     show = what.add_parser("show", help="print every field")
@@ -150,9 +158,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from memlib.training.comparison import measure, to_markdown, write_json
     from memlib.training.trainer import load_run
 
-    folders = [seed for run in arguments.runs for seed in (sorted(run.glob("seed-*")) or [run])]
     results = []
-    for folder in folders:
+    for folder in seed_folders(arguments.runs):
         name = folder.parent.name if folder.name.startswith("seed-") else folder.name
         results.append(measure(load_run(folder), name, arguments.segments))
     print(to_markdown(results))
@@ -248,6 +255,34 @@ def retrieval(arguments: argparse.Namespace) -> int:
     if arguments.json:
         write_text(arguments.json, json.dumps(results, indent=1) + "\n")
     return 0
+
+
+def hybrid(arguments: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from memlib.evaluation.hybrid import hybrid_table, measure_hybrid
+    from memlib.files import write_text
+    from memlib.training.comparison import markdown
+    from memlib.training.trainer import load_run
+
+    results = {}
+    for folder in seed_folders(arguments.runs):
+        trainer = load_run(folder)
+        task = trainer.make_task(
+            override(trainer.config.task, {"segments": arguments.segments, "segments_min": None})
+        )
+        rows = measure_hybrid(trainer.model, task, arguments.family, arguments.examples)
+        print(f"{folder}, {arguments.segments} segments\n\n{markdown(*hybrid_table(rows))}\n")
+        results[f"{folder.parent.name}/{folder.name}"] = [asdict(row) for row in rows]
+    if arguments.json:
+        write_text(arguments.json, json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+def seed_folders(runs: list[Path]) -> list[Path]:
+    """Each run's seeds, or the run itself where it has none."""
+    return [seed for run in runs for seed in (sorted(run.glob("seed-*")) or [run])]
 
 
 def config_show(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,6 @@ repeats an uninterrupted one bit for bit.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -25,6 +24,7 @@ from memlib.config import (
     Config,
     ConfigError,
     TaskConfig,
+    from_dict,
     load_config,
     override,
     save_config,
@@ -263,7 +263,8 @@ class Trainer:
         Where they move the rows of a text, its memory begins anew.
         """
         progress, memory = load_checkpoint(path)
-        saved, mine = progress["config"], json.loads(json.dumps(to_dict(self.config)))
+        # Options that a later version has added stand at their defaults.
+        saved, mine = to_dict(from_dict(Config, progress["config"])), to_dict(self.config)
         for group in ("model", "memory", "task"):
             if saved[group] != mine[group]:
                 raise CheckpointError(

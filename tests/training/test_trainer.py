@@ -137,6 +137,16 @@ def test_resuming_into_another_config_is_refused_and_says_which_part(changes, gr
     assert (tmp_path / "config.yaml").read_text() == saved
 
 
+def test_a_run_saved_before_an_option_existed_goes_on(tiny, tmp_path):
+    """A version that adds a memory or an option reads what older ones saved, at the default."""
+    train(tiny(), tmp_path, until=1)
+    (document,) = tmp_path.glob("checkpoints/*/checkpoint.json")
+    saved = json.loads(document.read_text())
+    del saved["progress"]["config"]["memory"]["external"], saved["progress"]["config"]["model"]["dropout"]
+    document.write_text(json.dumps(saved))
+    assert Trainer(tiny(), tmp_path, resume=True).step == 1
+
+
 def test_training_options_may_change_on_resume_and_do(tiny, tmp_path):
     """A run that diverged is resumed with smaller rates: they must not be the saved ones."""
     train(tiny(), tmp_path, until=3)

@@ -1,6 +1,7 @@
 """Widgets: looks into a model that a person can move in. `view.py` says what a view is.
 
 gates_over_time    gate values over tokens; `strips` shows any numbers in 0 … 1 in the same shape
+fusion_over_time   whom each token listens to: attention, the memories, and the retrieval gate
 slots_over_time    every slot of a memory, segment by segment; `slot_view`: numbers of one's own
 inspect_slots      one slot: its writers, its readers, and the answers without it
 reading_over_text  which earlier tokens a token's reading came from; `reading`: any weights
@@ -12,7 +13,7 @@ drive              moves every control to its ends and its middle: the test of a
 
 from memlib.lab.widgets.drive import drive
 from memlib.lab.widgets.form import Form
-from memlib.lab.widgets.gates import gates_over_time
+from memlib.lab.widgets.gates import fusion_over_time, gates_over_time
 from memlib.lab.widgets.host import Stage
 from memlib.lab.widgets.inspector import inspect_slots
 from memlib.lab.widgets.page import page, save_page
@@ -26,6 +27,7 @@ __all__ = [
     "View",
     "Stage",
     "gates_over_time",
+    "fusion_over_time",
     "strips",
     "slots_over_time",
     "slot_view",

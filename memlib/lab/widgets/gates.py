@@ -12,6 +12,38 @@ from memlib.lab.widgets.text import words_of
 from memlib.lab.widgets.view import View
 
 
+def fusion_over_time(
+    trace: Trace,
+    sources: Sequence[str],
+    word: Callable[[int], str] = str,
+    row: int = 0,
+    layer: int = 0,
+    segment_length: int = 0,
+) -> View:
+    """Whom each token listens to: one strip for each source of the softmax fusion, summing to 1.
+
+    sources: "attention" and the memories' kinds, in the configuration's order. Where a memory has a
+    retrieval gate, two strips more: sigma(g), and whether the token was searched for.
+    Raises ValueError where the number of sources is not the fusion's.
+    """
+    weight = trace["fusion.weight"].at(layer=layer, batch=row)
+    if len(sources) != weight.sizes["source"]:
+        raise ValueError(f"sources {', '.join(sources)}: the fusion weighs {weight.sizes['source']}")
+    lines = {name: weight.at(source=i).values for i, name in enumerate(sources)}
+    for label, name in (("retrieval gate", "external.retrieval"), ("searched for", "external.search")):
+        if name in trace:
+            lines[label] = per_token(trace, name, row, layer)
+    return strips(
+        lines,
+        words_of(trace, word, row),
+        "Whom a token listens to",
+        unit="token",
+        segment_length=segment_length,
+        group=stream_group(trace, row),
+        gates=True,
+    )
+
+
 def gates_over_time(
     trace: Trace,
     names: Sequence[str] = ("internal.writer.input", "internal.writer.forget"),

@@ -19,6 +19,7 @@ from memlib.lab.widgets import (
     Form,
     View,
     drive,
+    fusion_over_time,
     gates_over_time,
     page,
     reading,
@@ -252,3 +253,21 @@ def test_drive_finds_a_form_broken_at_one_end_only():
 def test_form_refuses_what_is_no_control():
     with pytest.raises(TypeError, match="depth = 'deep': a control is"):
         Form(lambda depth: random_slots(), depth="deep")
+
+
+def test_fusion_shows_the_weights_and_who_was_searched_for():
+    torch.manual_seed(0)
+    model = MemoryTransformer(load_config("mixed_hybrid")).eval()
+    model.block(0).memories["external"].retrieval.query.weight.data.normal_()
+    model.block(0).fusion.gate.weight.data.normal_()
+    with record(model) as trace:
+        model(torch.randint(80, (2, 64), generator=torch.Generator().manual_seed(0)))
+    view = fusion_over_time(trace, ("attention", "internal", "external"), row=1, segment_length=32)
+    rows = dict(zip(view.words["rows"], view.arrays["lines"], strict=True))
+    assert list(rows) == ["attention", "internal", "external", "retrieval gate", "searched for"]
+    weight = trace["fusion.weight"].at(layer=0, batch=1).values
+    for i, name in enumerate(("attention", "internal", "external")):
+        assert np.array_equal(rows[name], weight[:, i])
+    assert np.array_equal(rows["searched for"] == 1, rows["retrieval gate"] > 0.5)
+    with pytest.raises(ValueError, match="sources attention, internal: the fusion weighs 3"):
+        fusion_over_time(trace, ("attention", "internal"))
