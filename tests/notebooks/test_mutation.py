@@ -36,6 +36,12 @@ MUTANTS = {
         "old.where(~rows, new) for old, new",
         "old for old, new",
     ),
+    "a shut gate searches all the same": (
+        "07_hybrid",
+        "memory/external.py",
+        "search = gate > self.config.retrieval_threshold",
+        "search = torch.ones_like(gate, dtype=torch.bool)",
+    ),
     "a slider's callback breaks": (
         "00_start_here",
         "lab/widgets/form.py",

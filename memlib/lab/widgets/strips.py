@@ -11,6 +11,7 @@ from memlib.lab.pictures import borders, colour_of
 from memlib.lab.widgets.view import View
 
 SHUT, OPEN = 0.05, 0.95
+MOST_LINES = 4  # in one plot of the picture
 
 
 def strips(
@@ -34,6 +35,9 @@ def strips(
         raise ValueError(f"{title}: numbers from {values.min():g} to {values.max():g}; strips show 0 to 1")
 
     def draw(axis: Any, time: int) -> None:
+        if len(lines) > MOST_LINES:
+            draw_rows(axis, values, list(lines), time, segment_length, unit)
+            return
         for i, (label, line) in enumerate(zip(lines, values, strict=True)):
             axis.plot(line, label=label, color=colour_of(label, i), drawstyle="steps-mid", linewidth=1.6)
         borders(axis, len(words), segment_length)
@@ -63,6 +67,19 @@ def strips(
         group=group,
         page=segment_length or 10,
     )
+
+
+def draw_rows(
+    axis: Any, values: np.ndarray, labels: Sequence[str], time: int, segment_length: int, unit: str
+) -> None:
+    """A row of colours for each of the lines [r n], where lines over one another could not be told apart."""
+    image = axis.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+    axis.figure.colorbar(image, ax=axis)
+    borders(axis, values.shape[1], segment_length)
+    if time:
+        axis.axvline(time, color="white", linewidth=1)
+    axis.set(xlabel=unit)
+    axis.set_yticks(range(len(labels)), labels)
 
 
 def describe(label: str, line: np.ndarray, gates: bool) -> str:
