@@ -30,8 +30,13 @@ def stream_length(trace: Trace) -> int:
 
 
 def read_weight(trace: Trace, memory: str = "internal", row: int = 0, layer: int = 0) -> np.ndarray:
-    """How much of each token's reading came from each slot: [n s], each row summing to 1."""
-    weight = trace[f"{memory}.reader.weight"].at(layer=layer, batch=row)
+    """How much of each token's reading came from each slot: [n s], each row summing to 1.
+
+    A memory that retrieves by content records its weights where its attention is.
+    """
+    by_content = f"{memory}.reader.attention.weight"
+    name = by_content if by_content in trace else f"{memory}.reader.weight"
+    weight = trace[name].at(layer=layer, batch=row)
     return (weight.mean("head") if "head" in weight.axes else weight).values
 
 

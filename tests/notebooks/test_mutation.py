@@ -48,6 +48,18 @@ MUTANTS = {
         "mask, is_causal=mask is None",
         "mask, is_causal=False",
     ),
+    "what is written is drawn by lot": (
+        "04_long_term_memory",
+        "memory/ltm.py",
+        'self.explored(logit) if self.keep == "learned" else lottery(mask, segments)',
+        "lottery(mask, segments)",
+    ),
+    "a bank erases nothing where it writes": (
+        "04_long_term_memory",
+        "memory/ltm.py",
+        "return gated_write(slots, strength, strength, tokens.new)",
+        "return gated_write(slots, strength, 0 * strength, tokens.new)",
+    ),
 }
 
 
