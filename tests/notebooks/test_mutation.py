@@ -54,6 +54,18 @@ MUTANTS = {
         'self.explored(logit) if self.keep == "learned" else lottery(mask, segments)',
         "lottery(mask, segments)",
     ),
+    "banks never decay": (
+        "05_hierarchy",
+        "memory/hds.py",
+        "decay = -math.log(2) * pace",
+        "decay = 0 * pace",
+    ),
+    "a block is seen before it is complete": (
+        "05_hierarchy",
+        "memory/hds.py",
+        "done = total // self.chunk_size",
+        "done = (total + 1) // self.chunk_size",
+    ),
     "a bank erases nothing where it writes": (
         "04_long_term_memory",
         "memory/ltm.py",
