@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "memlib.config": [
+        "ChaptersMemoryConfig",
         "Config",
         "ConfigError",
         "ExternalMemoryConfig",
@@ -26,8 +27,37 @@ _HOME = {
         "override",
         "save_config",
     ],
-    "memlib.memory": ["MEMORIES", "ExternalMemory", "InternalMemory", "Memory", "State"],
-    "memlib.models": ["MemoryState", "MemoryTransformer", "MemoryTransformerBlock", "ModelOutput"],
+    "memlib.memory": ["MEMORIES", "ChapterMemory", "ExternalMemory", "InternalMemory", "Memory", "State"],
+    "memlib.memory.attention": ["MemoryCrossAttention"],
+    "memlib.memory.banks": [
+        "ChapteredMemoryBank",
+        "FactorizedMemoryBank",
+        "MemoryBank",
+        "ReducedDimMemoryBank",
+        "StandardMemoryBank",
+        "create_memory_bank",
+    ],
+    "memlib.memory.quantization": [
+        "QuantizedMemoryBank",
+        "dequantize_memory_bank",
+        "pack_memory_banks",
+        "quantize_memory_bank",
+    ],
+    "memlib.memory.routers": [
+        "ChapterRouter",
+        "HybridRouter",
+        "RollingRouter",
+        "RouterLossOptions",
+        "TokenLevelRouter",
+        "router_losses",
+    ],
+    "memlib.models": [
+        "MemoryState",
+        "MemoryTransformer",
+        "MemoryTransformerBlock",
+        "ModelOutput",
+        "VanillaTransformerBlock",
+    ],
     "memlib.models.info": [
         "count_parameters",
         "format_params",
@@ -41,8 +71,19 @@ _HOME = {
     "memlib.tasks": ["TASKS", "make_task"],
     "memlib.training.checkpoint": ["load_checkpoint", "save_checkpoint", "set_seed"],
     "memlib.training.optimizer": ["get_cosine_schedule", "get_linear_schedule"],
-    "memlib.training.trainer": ["Trainer", "load_run"],
+    "memlib.training.trainer": ["Trainer", "load_model", "load_run"],
     "memlib.evaluation": ["evaluate"],
+    "memlib.inference": [
+        "Generation",
+        "GenerationConfig",
+        "Sessions",
+        "TokenStream",
+        "generate",
+        "load_state",
+        "save_state",
+        "stream",
+        "tokenizer_for",
+    ],
     "memlib.lab.trace": ["Trace", "record"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -1,4 +1,4 @@
-"""The front door: `memlib train | eval | table | retrieval | config | doctor`."""
+"""The front door: `memlib train | eval | generate | table | retrieval | config | doctor`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from memlib.config import (
     Config,
     ConfigError,
+    differences,
     load_config,
     override,
     parse_overrides,
@@ -21,10 +22,13 @@ EPILOG = """examples:
   memlib train recall_internal --seeds 0 1 2         runs/recall_internal/seed-0 …
   memlib train my.yaml training.max_steps=500 --out runs/mine
   memlib eval runs/recall_internal/seed-0 --segments 4 32 --json result.json
+  memlib generate runs/notes --prompt "def " --temperature 0.8 --stream
+  memlib generate runs/notes --prompt "Ann: " --state ann.safetensors    memory goes on from call to call
   memlib table recall                                train, measure and print a whole table
   memlib retrieval --keys 1024 65536                 latency with recall of each index
   memlib retrieval runs/passkey_external/seed-0      a trained model's accuracy with each index
   memlib config show recall_internal                 every field of a preset
+  memlib config diff recall_internal my.yaml         what differs, by path
 """
 
 
@@ -62,10 +66,24 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", type=Path, help="also write the results here")
     command.set_defaults(run=evaluate)
 
+    command = commands.add_parser("generate", help="go on from a prompt with a trained run")
+    command.add_argument("folder", type=Path, help="folder of the run")
+    command.add_argument("--prompt", required=True, help="what to go on from; - reads it from standard input")
+    command.add_argument("--tokens", type=int, default=200, help="tokens to generate at most")
+    command.add_argument("--temperature", type=float, default=0.0, help="0: always the most probable token")
+    command.add_argument("--top-k", type=int, help="draw from the k most probable tokens")
+    command.add_argument("--top-p", type=float, help="draw from the fewest tokens that sum to p")
+    command.add_argument("--stop", help="one more token that ends the text")
+    command.add_argument("--seed", type=int, help="of the draws (default: go on as --state left off, else 0)")
+    command.add_argument("--stream", action="store_true", help="print text as it comes")
+    command.add_argument("--state", type=Path, help="file that carries memory from call to call")
+    command.set_defaults(run=generate)
+
     command = commands.add_parser("table", help="train and measure one of the README's tables")
     command.add_argument(
         "name",
-        choices=["recall", "rewrite", "passkey", "compression", "slots", "prototype", "age", "banks"],
+        choices=["recall", "rewrite", "passkey", "mixed"]
+        + ["compression", "slots", "prototype", "age", "banks"],
     )
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     command.add_argument("--segments", type=int, nargs="+", help="default: the lengths of the stored table")
@@ -92,6 +110,10 @@ def build_parser() -> argparse.ArgumentParser:
     validate = what.add_parser("validate", help="check files or presets")
     validate.add_argument("configs", nargs="+")
     validate.set_defaults(run=config_validate)
+    diff = what.add_parser("diff", help="what differs between two files or presets; exit status 1 if they do")
+    diff.add_argument("one")
+    diff.add_argument("other")
+    diff.set_defaults(run=config_diff)
     docs = what.add_parser("docs", help="the reference of every field, as Markdown")
     docs.add_argument("--out", type=Path)
     docs.set_defaults(run=config_docs)
@@ -138,6 +160,46 @@ def evaluate(arguments: argparse.Namespace) -> int:
     print(to_markdown(results))
     if arguments.json:
         write_json(results, arguments.json)
+    return 0
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from memlib.inference import GenerationConfig, TokenStream, load_state, save_state, tokenizer_for
+    from memlib.inference.sampling import seeded
+    from memlib.training.trainer import load_model
+
+    model = load_model(arguments.folder)
+    torch.set_num_threads(model.config.training.num_threads)
+    tokenizer = tokenizer_for(model.config)
+    stop = tokenizer.encode(arguments.stop or "")
+    if len(stop) > 1:
+        raise ValueError(f"--stop {arguments.stop!r}: is {len(stop)} tokens; give one that is a single token")
+    config = GenerationConfig(
+        max_new_tokens=arguments.tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        stop_tokens=(*tokenizer.stop, *stop),
+    )
+    state, random = None, None
+    if arguments.state and arguments.state.exists():
+        state, random = load_state(arguments.state, model)
+    generator = seeded(arguments.seed or 0)
+    if random is not None and arguments.seed is None:
+        generator.set_state(random)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    tokens = TokenStream(model, [tokenizer.encode(prompt)], state, config, generator)
+    pieces = tokenizer.pieces(token.id for token in tokens if token.id not in config.stop_tokens)
+    if arguments.stream:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    else:
+        print("".join(pieces))
+    if arguments.state:
+        save_state(tokens.states[0], arguments.state, model, generator.get_state())
     return 0
 
 
@@ -205,6 +267,13 @@ def config_validate(arguments: argparse.Namespace) -> int:
         load_config(name)
         print(f"{name}: valid")
     return 0
+
+
+def config_diff(arguments: argparse.Namespace) -> int:
+    found = differences(load_config(arguments.one), load_config(arguments.other))
+    for path, mine, theirs in found:
+        print(f"{path}: {mine} -> {theirs}")
+    return 1 if found else 0
 
 
 def config_docs(arguments: argparse.Namespace) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
+import torch
 import yaml
 
 from memlib.cli import main
-from memlib.config import load_config, override, preset_names
+from memlib.config import load_config, override, preset_names, save_config
+from memlib.inference import GenerationConfig, Sessions
 from memlib.models import MemoryTransformer
 from memlib.models.info import count_parameters
-from memlib.training.trainer import Trainer
+from memlib.training.trainer import Trainer, load_model
 
 QUICK = ["training.max_steps=2", "training.batch_size=4", "training.eval_examples=8"]
 
@@ -32,10 +35,98 @@ def test_train_eval_resume(tmp_path, capsys):
     assert "3 steps" in capsys.readouterr().out
 
 
+@pytest.fixture
+def notes(tmp_path, monkeypatch):
+    """A run of one step on a text of its own, which is gone when the run is used."""
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "notes.txt"
+    text.write_text("A pinch of salt, and a pinch of pepper. " * 100)
+    small = ["model.hidden_dim=16", "model.intermediate_dim=16", "model.segment_length=8"]
+    words = ["train", "text_internal", *QUICK, *small, f"task.text.dataset={text}", "--out", "notes"]
+    assert main(words) == 0
+    text.unlink()
+    return tmp_path
+
+
+def test_generate_prints_text_as_it_comes_and_carries_memory(notes, capsys):
+    def said(*words):
+        capsys.readouterr()
+        assert main(["generate", "notes", "--tokens", "12", *words]) == 0
+        return capsys.readouterr().out
+
+    drawn = ["--temperature", "2.0", "--top-k", "40", "--top-p", "0.95"]
+    assert said("--prompt", "A pinch") == said("--prompt", "A pinch", "--stream")
+    assert said("--prompt", "A pinch", *drawn) == said("--prompt", "A pinch", *drawn, "--stream")
+    assert said("--prompt", "A", *drawn) != said("--prompt", "A", *drawn, "--seed", "1")
+
+    first = said("--prompt", "A pinch of ", *drawn, "--state", "ann")
+    second = said("--prompt", "and a ", *drawn, "--state", "ann")
+    assert said("--prompt", "and a ", *drawn) != second  # without what was said before
+    model = load_model("notes")
+    config = GenerationConfig(max_new_tokens=12, temperature=2.0, top_k=40, top_p=0.95)
+    sessions = Sessions(model, config=config)
+    sessions.load("ann", "ann")
+    want = sessions.reply("ann", "more ")
+    assert said("--prompt", "more ", *drawn, "--state", "ann") == want + "\n"
+    assert first != second
+
+
+def test_generate_streams_while_it_generates(notes, monkeypatch):
+    """Of a text that never ends: the first pieces are printed before the last tokens exist."""
+    printed = []
+    monkeypatch.setattr("builtins.print", lambda text="", **how: printed.append((text, reads[0])))
+    reads = [0]
+    forward = MemoryTransformer.forward
+
+    def counted(model, *arguments, **named):
+        reads[0] += 1
+        return forward(model, *arguments, **named)
+
+    monkeypatch.setattr(MemoryTransformer, "forward", counted)
+    assert main(["generate", "notes", "--prompt", "A", "--tokens", "9", "--stream"]) == 0
+    assert [count for _, count in printed][:3] == [1, 2, 3]
+
+
+def test_generate_speaks_a_tasks_words(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "tiny", "training.max_steps=1", "--out", "run"]) == 0
+    capsys.readouterr()
+    assert main(["generate", "run", "--prompt", "k1 v2 . . k3 v0 ? k1", "--tokens", "3"]) == 0
+    assert len(capsys.readouterr().out.split()) == 3
+    monkeypatch.setattr("sys.stdin", io.StringIO("k1 v2"))
+    assert main(["generate", "run", "--prompt", "-", "--tokens", "3"]) == 0
+    capsys.readouterr()
+    for words, said in {
+        ("--prompt", "hello"): "'hello' is no word of this vocabulary: it has _ ? . k0",
+        ("--prompt", ""): "prompt 0 has no tokens",
+        ("--prompt", "k1", "--stop", "k1 k2"): "--stop 'k1 k2': is 2 tokens",
+        ("--prompt", "k1", "--tokens", "0"): "max_new_tokens = 0",
+        ("--prompt", "k1", "--top-k", "3"): "set temperature above 0 too",
+        ("--prompt", "k1", "--state", "run/config.yaml"): "not a whole state file",
+    }.items():
+        assert main(["generate", "run", *words]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    assert main(["generate", "nowhere", "--prompt", "k1"]) == 2
+    assert "nowhere: no checkpoint here; train one" in capsys.readouterr().err
+
+
+def test_generate_stops_where_it_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "tiny", "training.max_steps=1", "--out", "run"]) == 0
+    words = ["generate", "run", "--prompt", "k1 v2", "--tokens", "20", "--temperature", "3"]
+    capsys.readouterr()
+    assert main(words) == 0
+    said = capsys.readouterr().out.split()
+    stop = next(word for word in said[3:] if word[0] in "kv")
+    assert main([*words, "--stop", stop]) == 0
+    assert capsys.readouterr().out.split() == said[: said.index(stop)]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["train", "nowhere"], "no such file or preset; presets: passkey_baseline"),
+        (["train", "nowhere"], "no such file or preset; presets: base_medium"),
         (["train", "recall_internal", "model.hidden=3"], "model.hidden: unknown key"),
         (["train", "recall_internal", "model"], "expected path=value"),
         (["train", "recall_internal", "model.vocab_size=9"], "task recall has 50 tokens; raise it"),
@@ -75,10 +166,77 @@ def test_doctor(capsys):
     assert "Python" in json.loads(capsys.readouterr().out)
 
 
+LARGE = {"base_medium": 43.3e6, "design_100m": 100e6, "design_7b": 7e9}
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_takes_a_step(name):
-    config = override(load_config(name), {"training.max_steps": 1, "training.batch_size": 2})
+    """Large ones take it with their shape kept and their sizes cut down."""
+    changes = {"training.max_steps": 1, "training.batch_size": 2, "training.gradient_accumulation_steps": 1}
+    if name in LARGE:
+        changes |= {"model.hidden_dim": 64, "model.num_heads": 8, "model.intermediate_dim": 64}
+        changes |= {"model.num_layers": 12, "model.segment_length": 64, "task.segments": 2}
+    config = override(load_config(name), changes)
     assert Trainer(config).train(progress=False)["loss"] > 0
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_that_is_not_large_is_small(name):
+    """Sizes on the meta device: no memory is taken, not even for seven billion."""
+    with torch.device("meta"):
+        size = count_parameters(MemoryTransformer(load_config(name)))
+    assert abs(size - LARGE[name]) < 0.02 * LARGE[name] if name in LARGE else size < 6e6
+
+
+def test_the_7b_design_is_the_documents_hierarchy_on_sequences_of_32k():
+    """8 banks of 1024 slots of 512; level 1 reaches over the sequence; the baseline below is a 7B too."""
+    config = load_config("design_7b")
+    with torch.device("meta"):
+        model = MemoryTransformer(config)
+        state = model.init_state(1)
+    shapes = {tuple(bank.shape) for _, bank in state.banks[0].named_tensors()}
+    assert len(state.banks) == 1 and (1, 8, 1024, 512) in shapes
+    hds, sequence = config.memory.hds, config.task.segments * config.model.segment_length
+    assert sequence == hds.chunk_size * hds.num_blocks == 32_768
+    memory = sum(p.numel() for name, p in model.named_parameters() if ".memories." in name)
+    layers = config.model.num_layers * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    plain = layers + 2 * 32_000 * 4096 + 4096
+    fusion = 4 * 2 * (4096 + 1)
+    assert count_parameters(model) == plain + memory + fusion
+    assert plain == 6_738_415_616 and 0.04 < memory / plain < 0.06
+
+
+def test_the_100m_design_is_the_documents_prototype():
+    """A window of 512; ring and store of 512 places of 512 each, half key, half value; one state for all."""
+    config = load_config("design_100m")
+    with torch.device("meta"):
+        (state,) = MemoryTransformer(config).init_state(1).banks
+    shapes = [tuple(tensor.shape) for _, tensor in state.named_tensors()]
+    assert config.model.segment_length == 512 and shapes.count((1, 512, 256)) == 4
+
+
+def test_the_vanilla_control_differs_in_nothing_else(capsys):
+    assert main(["config", "diff", "base_small", "base_vanilla"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["model.intermediate_dim: 704 -> 832", "memory.vanilla_mode: false -> true"]
+    sizes = [
+        count_parameters(MemoryTransformer(load_config(name))) for name in ("base_small", "base_vanilla")
+    ]
+    assert abs(sizes[0] - sizes[1]) < 0.02 * sizes[0]
+
+
+def test_config_diff(tmp_path, capsys):
+    assert main(["config", "diff", "recall_internal", "recall_internal"]) == 0
+    assert capsys.readouterr().out == ""
+    stage = {"from_step": 5, "set": {"segments": 2}}
+    changes = {"training.curriculum": [stage], "memory.internal.slot_dim": 32}
+    save_config(override(load_config("recall_internal"), changes), tmp_path / "mine.yaml")
+    assert main(["config", "diff", "recall_internal", str(tmp_path / "mine.yaml")]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "memory.internal.slot_dim: null -> 32",
+        "training.curriculum: [] -> [{from_step: 5, set: {segments: 2}}]",
+    ]
+    assert main(["config", "diff", "recall_internal", "nowhere"]) == 2
 
 
 def test_retrieval_prints_latency_with_recall(tmp_path, capsys):

@@ -16,6 +16,7 @@ from memlib.config.config import (
 )
 from memlib.config.fields import ConfigError, from_dict, option, override
 from memlib.config.files import (
+    differences,
     load_config,
     parse_overrides,
     preset_names,
@@ -24,6 +25,7 @@ from memlib.config.files import (
     to_dict,
 )
 from memlib.config.schema import (
+    ChaptersMemoryConfig,
     CopyConfig,
     ExternalMemoryConfig,
     HdsMemoryConfig,
@@ -31,6 +33,7 @@ from memlib.config.schema import (
     InternalMemoryConfig,
     LtmMemoryConfig,
     MemoryConfig,
+    MixedConfig,
     ModelConfig,
     PasskeyConfig,
     QaConfig,
@@ -43,6 +46,7 @@ from memlib.config.schema import (
 )
 
 __all__ = [
+    "ChaptersMemoryConfig",
     "Config",
     "ConfigError",
     "CopyConfig",
@@ -53,6 +57,7 @@ __all__ = [
     "LtmMemoryConfig",
     "MemoryConfig",
     "ModelConfig",
+    "MixedConfig",
     "PasskeyConfig",
     "QaConfig",
     "RecallConfig",
@@ -61,6 +66,7 @@ __all__ = [
     "TaskConfig",
     "TextConfig",
     "TrainingConfig",
+    "differences",
     "from_dict",
     "get_memory_bank_assignments",
     "get_memory_kinds",

@@ -64,6 +64,24 @@ def save_config(config: Config, path: str | os.PathLike[str]) -> None:
     write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
+def differences(one: Config, other: Config) -> list[tuple[str, str, str]]:
+    """(path, value in one, value in the other) of every field that differs, in order, as YAML has them."""
+    mine, theirs = flat(to_dict(one)), flat(to_dict(other))
+    return [
+        (path, yaml_scalar(value), yaml_scalar(theirs[path]))
+        for path, value in mine.items()
+        if value != theirs[path]
+    ]
+
+
+def flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+    return found
+
+
 def reference(kind: type = Config, path: str = "") -> list[tuple[str, str, str, str]]:
     """(path, type, default, documentation) of every field, in order: what docs/config.md prints."""
     rows = []

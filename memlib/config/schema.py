@@ -40,6 +40,11 @@ class MemoryOptions:
         """Of the memory layers, each n-th one has it."""
         return 1
 
+    @property
+    def carries(self) -> bool:
+        """Whether what it says depends on what earlier segments said."""
+        return True
+
     def check(self, model: ModelConfig, path: str) -> None:
         """Refuse combinations of this memory's options that cannot work, with a ConfigError."""
 
@@ -124,7 +129,22 @@ class ExternalMemoryConfig(MemoryOptions):
     gate_init: float = option(
         0.0, "heads: the gate's initial logit; joint: what is added to the hits' scores"
     )
-
+    retrieval_gate: Literal["none", "layer", "query"] = option(
+        "none",
+        "the hybrid's g_retrieve: training weighs what came back by sigma(g), inference does not search "
+        "where sigma(g) is small. layer: one g for the layer; query: one for each token; none: always, whole",
+    )
+    retrieval_gate_init: float = option(0.5, "initial g_retrieve; sigma(0.5) = 0.62")
+    retrieval_threshold: float = option(0.5, "inference searches where sigma(g) is above", 0.0, 1.0)
+    retrieval_weighted: bool = option(
+        True, "inference weighs what came back by sigma(g), as training does; false, the document: whole"
+    )
+    exploration: float = option(
+        0.0, "training: scale of the noise on g, under which gates learn to be open or shut", 0.0
+    )
+    retrieval_cost: float = option(
+        0.0, "training adds this x mean sigma(g) to the loss: what a search must be worth", 0.0
+    )
     index: IndexConfig = option(IndexConfig, "how an attached store searches")
 
     @property
@@ -263,6 +283,93 @@ class RingMemoryConfig(MemoryOptions):
 
 
 @dataclass(kw_only=True)
+class ChaptersMemoryConfig(MemoryOptions):
+    """Learnable memory tokens, whole or in chapters chosen by a router (spec D1-D5, D7)."""
+
+    num_memory_tokens: int = option(1024, "learnable tokens of a bank", 1)
+    memory_dim: int | None = option(None, "width of a token; hidden_dim if null", 1)
+    init_std: float = option(0.02, "tokens start normal with this deviation", 0.0)
+    num_heads: int = option(4, "heads of the attention over the tokens", 1)
+    use_flash_attention: bool = option(True, "torch's fused attention; off: the same in plain steps")
+    gradient_checkpointing: bool = option(False, "compute the attention again in the backward pass")
+    use_low_rank_memory: bool = option(False, "keep the tokens in fewer numbers")
+    memory_rank: int = option(64, "rank r of low-rank tokens", 1)
+    low_rank_mode: Literal["factorized", "reduced_dim"] = option(
+        "factorized", "factorized: M = A B^T; reduced_dim: tokens of width r, attended to at that width"
+    )
+    use_low_rank_projections: bool = option(False, "attend at width projection_rank instead of hidden_dim")
+    projection_rank: int = option(64, "inner width of low-rank projections", 1)
+    use_chapters: bool = option(True, "read the chapters a router chooses; off: read all tokens")
+    num_chapters: int = option(16, "chapters c; must divide num_memory_tokens", 1)
+    tokens_per_chapter: int | None = option(
+        None, "tokens of a chapter; num_memory_tokens / num_chapters if null, else it must be that", 1
+    )
+    top_k_chapters: int = option(4, "chapters k that are read", 1)
+    routing_strategy_train: Literal["sequence"] = option(
+        "sequence", "in training. sequence: by the mean of the segment before, for the whole segment"
+    )
+    routing_strategy_inference: Literal["sequence", "rolling", "token", "hybrid"] = option(
+        "sequence",
+        "in use. rolling: by the mean of the last tokens; token: by each token; hybrid: half sequence, "
+        "half rolling",
+    )
+    routing_window_size: int = option(64, "rolling, hybrid: tokens in the mean", 1)
+    use_load_balance_loss: bool = option(True, "training: even use of the chapters, as Switch has it")
+    load_balance_coefficient: float = option(0.01, "what it counts", 0.0)
+    use_auxiliary_loss: bool = option(False, "training: no chapter used too much or too little on average")
+    auxiliary_loss_coefficient: float = option(0.01, "what it counts", 0.0)
+    use_z_loss: bool = option(False, "training: small router logits, as ST-MoE has it")
+    z_loss_coefficient: float = option(0.001, "what it counts", 0.0)
+    quantize_memory: bool = option(False, "train the tokens through rounding to few bits")
+    memory_quant_bits: int = option(8, "bits of a number: 8 or 4", 4, 8)
+    quant_group_size: int = option(64, "numbers that share a scale, at most", 1)
+
+    @property
+    def carries(self) -> bool:
+        return self.use_chapters and self.routing_strategy_inference != "token"
+
+    def check(self, model: ModelConfig, path: str) -> None:
+        reduced = self.use_low_rank_memory and self.low_rank_mode == "reduced_dim"
+        name, inner = "model.hidden_dim", model.hidden_dim
+        if self.use_low_rank_projections:
+            name, inner = f"{path}.projection_rank", self.projection_rank
+        if reduced:
+            name, inner = f"{path}.memory_rank", self.memory_rank
+        if inner % self.num_heads:
+            raise ConfigError(f"{path}.num_heads = {self.num_heads}: must divide {name} = {inner}")
+        if self.use_chapters:
+            self.check_chapters(path)
+        if not self.quantize_memory:
+            return
+        if self.memory_quant_bits not in (8, 4):
+            raise ConfigError(f"{path}.memory_quant_bits = {self.memory_quant_bits}: must be 8 or 4")
+        width = self.memory_rank if self.use_low_rank_memory else self.memory_dim or model.hidden_dim
+        if self.memory_quant_bits == 4 and width % 2:
+            name = "memory_rank" if self.use_low_rank_memory else "memory_dim"
+            raise ConfigError(
+                f"{path}.{name} = {width}: must be even to pack 4 bits two to a byte; "
+                f"or set {path}.memory_quant_bits: 8"
+            )
+
+    def check_chapters(self, path: str) -> None:
+        tokens, chapters = self.num_memory_tokens, self.num_chapters
+        if tokens % chapters:
+            raise ConfigError(
+                f"{path}.num_chapters = {chapters}: must divide {path}.num_memory_tokens = {tokens}"
+            )
+        if self.tokens_per_chapter not in (None, tokens // chapters):
+            raise ConfigError(
+                f"{path}.tokens_per_chapter = {self.tokens_per_chapter}: {tokens} tokens in {chapters} "
+                f"chapters are {tokens // chapters} each; leave it null or change {path}.num_memory_tokens"
+            )
+        if self.top_k_chapters > chapters:
+            raise ConfigError(
+                f"{path}.top_k_chapters = {self.top_k_chapters}: must be at most "
+                f"{path}.num_chapters = {chapters}"
+            )
+
+
+@dataclass(kw_only=True)
 class MemoryConfig:
     """What remembers, in which layers, shared how, and fused how."""
 
@@ -291,6 +398,7 @@ class MemoryConfig:
     hds: HdsMemoryConfig = option(HdsMemoryConfig, "hierarchy of levels over several decaying banks")
     ltm: LtmMemoryConfig = option(LtmMemoryConfig, "the LTM transformer's long-term memory")
     ring: RingMemoryConfig = option(RingMemoryConfig, "the prototype's ring and store")
+    chapters: ChaptersMemoryConfig = option(ChaptersMemoryConfig, "learnable memory tokens, in chapters")
 
 
 @dataclass(kw_only=True)
@@ -313,6 +421,20 @@ class PasskeyConfig:
     num_symbols: int = option(10, "symbols a digit is drawn from", 2)
     num_fillers: int = option(32, "distinct noise tokens", 1)
     depth: float | None = option(None, "0: first segment, 1: last before the query; null: random", 0, 1)
+
+
+@dataclass(kw_only=True)
+class MixedConfig:
+    """Many facts shown once and a few registers set again and again; asked for both in the end."""
+
+    num_facts: int = option(16, "facts shown", 1)
+    num_fact_keys: int = option(32, "distinct keys of facts", 1)
+    num_registers: int = option(4, "registers", 1)
+    num_settings: int = option(3, "times each register is set; the last one counts", 1)
+    fact_queries: int = option(3, "facts asked in the last segment", 1)
+    register_queries: int = option(2, "registers asked in the last segment", 1)
+    num_values: int = option(16, "distinct values; chance is 1 / num_values", 2)
+    num_fillers: int = option(16, "distinct distractor tokens", 1)
 
 
 @dataclass(kw_only=True)
@@ -356,11 +478,12 @@ class TextConfig:
 class TaskConfig:
     """What the model is trained and measured on."""
 
-    name: Literal["recall", "passkey", "copy", "qa", "text"] = option("recall", "the task")
+    name: Literal["recall", "passkey", "mixed", "copy", "qa", "text"] = option("recall", "the task")
     segments: int = option(4, "segments in an example (at most, where segments_min is set)", 1)
     segments_min: int | None = option(None, "training draws the length from segments_min … segments", 1)
     recall: RecallConfig = option(RecallConfig, "associative recall")
     passkey: PasskeyConfig = option(PasskeyConfig, "passkey in noise")
+    mixed: MixedConfig = option(MixedConfig, "facts and registers")
     copy: CopyConfig = option(CopyConfig, "copy and selective copy")
     qa: QaConfig = option(QaConfig, "stories and questions")
     text: TextConfig = option(TextConfig, "real text")

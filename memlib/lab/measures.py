@@ -7,7 +7,7 @@ was recorded in; `row` is a stream of the batch.
 from __future__ import annotations
 
 import numpy as np
-from einops import einsum, rearrange, repeat
+from einops import einsum, rearrange, reduce, repeat
 
 from memlib.lab.trace import Trace, TraceError
 
@@ -128,3 +128,10 @@ def slot_life(trace: Trace, memory: str = "internal", row: int = 0, layer: int =
     for t in range(steps):
         age[t] = np.where(life["written"][t] > 0.1, 0, (age[t - 1] if t else 0) + 1)
     return life | {"age": age}
+
+
+def chapter_loads(trace: Trace, memory: str = "chapters", layer: int = 0) -> np.ndarray:
+    """How much of all reading went to each chapter, by the router's weights: [c], summing to 1."""
+    weight = trace[f"{memory}.weight"].at(layer=layer).values
+    loads = reduce(weight, "b n c -> c", "sum")
+    return loads / loads.sum()

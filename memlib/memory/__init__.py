@@ -7,6 +7,7 @@ below. The laws' tests, the trace and the comparison notebooks then cover it.
 from __future__ import annotations
 
 from memlib.memory.base import Memory, State
+from memlib.memory.chapters import ChapterMemory
 from memlib.memory.external import ExternalMemory
 from memlib.memory.hds import HdsMemory
 from memlib.memory.internal import InternalMemory
@@ -19,10 +20,12 @@ MEMORIES: dict[str, type[Memory]] = {
     "hds": HdsMemory,
     "ring": RingMemory,
     "external": ExternalMemory,
+    "chapters": ChapterMemory,
 }
 
 __all__ = [
     "MEMORIES",
+    "ChapterMemory",
     "ExternalMemory",
     "HdsMemory",
     "InternalMemory",

@@ -53,6 +53,11 @@ class State:
         """The given rows of the batch, in that order; index: [r] integers."""
         return self.map(lambda tensor: tensor.index_select(0, index))
 
+    def join(self, *others: Self) -> Self:
+        """One batch of this state's rows and then the others', in that order."""
+        named = iter(zip(*(state.named_tensors() for state in (self, *others)), strict=True))
+        return self.map(lambda _: torch.cat([tensor for _, tensor in next(named)]))
+
     def where(self, rows: Tensor, other: Self) -> Self:
         """This state where rows: [b] is true, the other elsewhere."""
 
@@ -104,10 +109,12 @@ class Memory(nn.Module, ABC):
     segment on. A subclass is built as `Kind(config, hidden_dim)` from its own config dataclass.
 
     A memory with `in_attention` set takes part in its layer's attention by `mix` and is shut by `close`;
-    `read` and the block's fusion are then not used.
+    `read` and the block's fusion are then not used. Without `shares_state` each layer has its own state
+    also where layers share a bank.
     """
 
     in_attention = False
+    shares_state = True
 
     @abstractmethod
     def init_state(self, batch_size: int) -> State:
@@ -120,6 +127,20 @@ class Memory(nn.Module, ABC):
     @abstractmethod
     def write(self, hidden: Tensor, state: Any, mask: Tensor) -> State:
         """The state after a segment; hidden: [b n d], mask: [b n], true for tokens that count."""
+
+    def opened(self, state: Any, hidden: Tensor, mask: Tensor) -> State:
+        """The state as the open segment's next tokens may see it; by default as it is.
+
+        hidden: [b p d], the segment's tokens so far; mask: [b p+n], which of these and the next n count.
+        """
+        return state
+
+    def losses(self, hidden: Tensor, state: Any, mask: Tensor) -> dict[str, Tensor]:
+        """What training adds to the loss for a segment that is about to be written, by name."""
+        return {}
+
+    def share(self, first: Memory) -> None:
+        """Take what layers of one bank learn together from the bank's first layer; by default nothing."""
 
     def mix(self, hidden: Tensor, attended: Tensor, logsumexp: Callable[[], Tensor], state: Any) -> Tensor:
         """The heads' attention with the memory's share in it; attended: [b h n k] -> [b h n k].

@@ -18,13 +18,16 @@ After LongMem (Wang et al. 2023, arXiv 2306.07174) and Memorizing Transformers (
 The pairs are kept in the state, bounded and exactly searched, or in a `Store` that is attached
 (shelves.py); what is asked and filed is the same.
 
+With `retrieval_gate` it is the hybrid's M_ext (spec A4): in training sigma(g) M, at inference a token whose
+sigma(g) is at most `retrieval_threshold` is not searched for at all and takes nothing.
+
 Scores are `sharpness_h * cos(query, key)`, so that old keys keep their scale while the encoder moves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,7 +38,7 @@ from torch.nn import functional as F
 
 from memlib.config import ExternalMemoryConfig
 from memlib.memory.base import Memory, State
-from memlib.memory.gates import HeadGate
+from memlib.memory.gates import HeadGate, RetrievalGate
 from memlib.memory.shelves import Filing, Found, Shelf, StoreShelf, TensorShelf
 from memlib.memory.store import Store
 from memlib.memory.stream import Shape
@@ -43,15 +46,27 @@ from memlib.nn.probe import Probe
 
 
 @dataclass(frozen=True)
+class Asked:
+    """The retrieval gate's word on each token: gate = sigma(g), whether it is searched for, and the share
+    of what comes back that it takes: [b n] each."""
+
+    gate: Tensor
+    search: Tensor
+    share: Tensor
+
+
+@dataclass(frozen=True)
 class Recalled:
     """What came back for each query: score, serial: [b h n j]; values: [b h n j k].
 
-    A hit that does not exist (an empty memory) has serial -1 and the lowest score there is.
+    A hit that does not exist (an empty memory, a search that was not made) has serial -1 and the lowest
+    score there is. asked: who was searched for, None without a retrieval gate.
     """
 
     score: Tensor
     serial: Tensor
     values: Tensor
+    asked: Asked | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -60,7 +75,7 @@ class Recalled:
 
     @property
     def mean(self) -> Tensor:
-        """The hits' values by their weights: [b h n k]."""
+        """The hits' values by their weights, unshared: [b h n k]."""
         return einsum(self.weight, self.values, "b h n j, b h n j k -> b h n k")
 
 
@@ -92,6 +107,13 @@ class ExternalMemory(Memory):
             self.gate_probe = Probe("batch head token")
         else:
             self.o_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.retrieval: RetrievalGate | None = None
+        if config.retrieval_gate != "none":
+            self.retrieval = RetrievalGate(
+                hidden_dim, config.retrieval_gate, config.retrieval_gate_init, config.exploration
+            )
+            self.retrieval_probe = Probe("batch token")
+            self.search_probe = Probe("batch token")
         self.weight_probe = Probe("batch head token hit")
         self.score_probe = Probe("batch head token hit")
         self.source_probe = Probe("batch head token hit")
@@ -115,21 +137,25 @@ class ExternalMemory(Memory):
         return self.shelf.init_state(batch_size, self.v_proj.weight)
 
     def read(self, hidden: Tensor, state: Any) -> Tensor:
-        """join: fusion. y = (softmax(score) V) W_o over each token's hits; hidden: [b n d] -> [b n d]."""
+        """join: fusion. y = share (softmax(score) V) W_o over a token's hits; hidden: [b n d] -> [b n d]."""
         found = self.probed(self.recall(hidden, state))
-        return self.o_proj(rearrange(found.mean, "b h n k -> b n (h k)"))
+        said = self.o_proj(rearrange(found.mean, "b h n k -> b n (h k)"))
+        return said if found.asked is None else said * rearrange(found.asked.share, "b n -> b n 1")
 
     def mix(self, hidden: Tensor, attended: Tensor, logsumexp: Callable[[], Tensor], state: Any) -> Tensor:
         """join: heads, joint. (1 - w) A + w M by head; attended: [b h n k], logsumexp: -> [b h n].
 
         The joint softmax is the same mixture: M's share of the sum of both, w = sigma(lse(hits) + b_h -
-        lse(window)). A token for which nothing came back keeps its window's attention as it is.
+        lse(window)). A token for which nothing came back keeps its window's attention as it is. w is then
+        multiplied by the share.
         """
         found = self.probed(self.recall(hidden, state))
         logit: Tensor = rearrange(self.gate.bias, "h -> h 1")
         if self.config.join == "joint":
             logit = torch.logsumexp(found.score, -1) + logit - logsumexp()
         weight = self.gate_probe(torch.sigmoid(logit) * (found.serial >= 0).any(-1))
+        if found.asked is not None:
+            weight = weight * rearrange(found.asked.share, "b n -> b 1 n")
         return torch.lerp(attended, found.mean, rearrange(weight, "b h n -> b h n 1"))
 
     def close(self) -> None:
@@ -142,15 +168,44 @@ class ExternalMemory(Memory):
 
     def recall(self, hidden: Tensor, state: Any) -> Recalled:
         """The top_k pairs nearest to each token's query; hidden: [b n d]."""
-        return self.scored(self.find(hidden, state))
+        asked = self.asks(hidden)
+        return replace(self.scored(self.find(hidden, state, asked)), asked=asked)
 
-    def find(self, hidden: Tensor, state: Any) -> Found:
+    def asks(self, hidden: Tensor) -> Asked | None:
+        """Who is searched for; hidden: [b n d]. None: all, and they take all that comes back.
+
+        Training searches for all, so that every gate hears what retrieval would have been worth.
+        """
+        if self.retrieval is None:
+            return None
+        gate = self.retrieval(hidden)
+        if self.training:
+            return Asked(gate, torch.ones_like(gate, dtype=torch.bool), gate)
+        search = gate > self.config.retrieval_threshold
+        return Asked(gate, search, gate * search if self.config.retrieval_weighted else search.to(gate.dtype))
+
+    def losses(self, hidden: Tensor, state: Any, mask: Tensor) -> dict[str, Tensor]:
+        """retrieval_cost x mean sigma(g): gates then open where retrieval is worth that much."""
+        if self.retrieval is None or not self.config.retrieval_cost:
+            return {}
+        gate = torch.sigmoid(self.retrieval.logit(hidden))
+        return {"retrieval": self.config.retrieval_cost * gate[mask].mean()}
+
+    def find(self, hidden: Tensor, state: Any, asked: Asked | None = None) -> Found:
+        """The top_k pairs nearest to each token that asks; for the others nothing is computed."""
         if not isinstance(state, self.shelf.state):
             raise ValueError(
                 f"memory_state holds {type(state).__name__}, this memory now takes "
                 f"{self.shelf.state.__name__}: start from None after attaching or detaching a store"
             )
-        return self.shelf.find(self.address(self.query_address, hidden), state)
+        if asked is None or bool(asked.search.all()):
+            return self.shelf.find(self.address(self.query_address, hidden), state)
+        most = int(asked.search.sum(1).max())
+        if not most:
+            like = rearrange(hidden, "b n (h k) -> b h n k", h=self.config.num_heads)
+            return Found.nothing(like, self.config.top_k)
+        first = packed(hidden, asked.search)[0][:, :most]
+        return self.shelf.find(self.address(self.query_address, first), state).spread(asked.search)
 
     def scored(self, found: Found) -> Recalled:
         """Cosines as scores, each head with its own sharpness."""
@@ -163,6 +218,9 @@ class ExternalMemory(Memory):
         self.score_probe(found.score.masked_fill(found.serial < 0, -torch.inf))
         self.source_probe(found.serial)
         self.weight_probe(found.weight)
+        if found.asked is not None:
+            self.retrieval_probe(found.asked.gate)
+            self.search_probe(found.asked.search)
         return found
 
     def write(self, hidden: Tensor, state: Any, mask: Tensor) -> State:
@@ -180,7 +238,7 @@ class ExternalMemory(Memory):
     @torch.no_grad()
     def came_back(self, hidden: Tensor, state: Any, valid: Tensor) -> tuple[Found, Tensor]:
         """What a segment's tokens were given, and with which weights [b h n j]: eviction may ask."""
-        found = self.find(hidden, state)
+        found = self.find(hidden, state, self.asks(hidden))
         return found, self.scored(found).weight * rearrange(valid, "b n -> b 1 n 1")
 
 

@@ -35,6 +35,28 @@ class Found:
     values: Tensor
     place: Tensor
 
+    @classmethod
+    def nothing(cls, like: Tensor, top_k: int) -> Found:
+        """What a search that was not made brings back; like: a value for each token, [b h n k]."""
+        values = repeat(torch.zeros_like(like), "b h n k -> b h n j k", j=top_k)
+        none = torch.full(values.shape[:-1], -1, device=like.device)
+        return cls(values[..., 0], none, values, none.clamp(min=0))
+
+    def spread(self, asked: Tensor) -> Found:
+        """The hits of those that asked, at their own tokens; the others found nothing.
+
+        asked: [b n]; token i of a row stands here at its number among those that asked.
+        """
+        number = (asked.cumsum(1) - 1).clamp(0, self.serial.shape[2] - 1)
+        at = rearrange(number, "b n -> b 1 n 1")
+        silent = ~rearrange(asked, "b n -> b 1 n 1")
+        return Found(
+            cosine=self.cosine.take_along_dim(at, 2),
+            serial=self.serial.take_along_dim(at, 2).masked_fill(silent, -1),
+            values=self.values.take_along_dim(rearrange(at, "b 1 n 1 -> b 1 n 1 1"), 2),
+            place=self.place.take_along_dim(at, 2),
+        )
+
 
 @dataclass(frozen=True)
 class Filing:

@@ -1,8 +1,16 @@
-"""The block and the one model."""
+"""The blocks and the one model."""
 
 from __future__ import annotations
 
-from memlib.models.block import MemoryTransformerBlock
+from memlib.models.block import StreamBlock
+from memlib.models.memory_block import MemoryTransformerBlock, VanillaTransformerBlock
 from memlib.models.transformer import MemoryState, MemoryTransformer, ModelOutput
 
-__all__ = ["MemoryState", "MemoryTransformer", "MemoryTransformerBlock", "ModelOutput"]
+__all__ = [
+    "MemoryState",
+    "MemoryTransformer",
+    "MemoryTransformerBlock",
+    "ModelOutput",
+    "StreamBlock",
+    "VanillaTransformerBlock",
+]

@@ -35,7 +35,7 @@ class BlockOutput(NamedTuple):
     hidden: Tensor
 
 
-class MemoryTransformerBlock(nn.Module):
+class StreamBlock(nn.Module):
     """A block with any number of memories by name; with none it is the plain pre-norm block.
 
     stream: [b n d]; past_keys, past_values: [b h p k], mask: as `SelfAttention` takes them;

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from memlib.config import IndexConfig
 from memlib.memory.external import ExternalMemory, shape_for
-from memlib.memory.shelves import StoreShelf
+from memlib.memory.shelves import StoredState, StoreShelf
 from memlib.memory.stale import StaleKeys, stale_keys
 from memlib.memory.storage import MANIFEST, open_store, save_store
 from memlib.memory.store import Store
-from memlib.models.transformer import MemoryTransformer
+from memlib.models.transformer import MemoryState, MemoryTransformer
 
 Stores = dict[int, Store]
 
@@ -78,6 +79,18 @@ def save_stores(stores: Stores, folder: str | os.PathLike[str]) -> None:
     """Save each store into its own folder; each is whole or as it was before."""
     for place, store in stores.items():
         save_store(store, Path(folder, f"bank-{place}"))
+
+
+def forget_streams(model: MemoryTransformer, state: MemoryState) -> None:
+    """Drop from attached stores all that the streams of a state have filed; the state is then unreadable.
+
+    Earlier states of the same streams are too. A model without stores has nothing to drop.
+    """
+    for layer, places in model.places.items():
+        for place, memory in zip(places, model.block(layer).kinds(), strict=True):
+            if isinstance(memory, ExternalMemory) and isinstance(memory.shelf, StoreShelf):
+                for stream in cast(StoredState, state.banks[place]).stream.tolist():
+                    memory.shelf.store.forget(stream)
 
 
 @torch.no_grad()

@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from memlib.config import Config, get_memory_bank_assignments, get_memory_kinds
 from memlib.memory import MEMORIES
-from memlib.memory.base import State
+from memlib.memory.base import Memory, State
 from memlib.memory.gates import Gate
-from memlib.models.block import MemoryTransformerBlock
+from memlib.models.block import StreamBlock
 from memlib.nn.attention import window_mask
 from memlib.nn.norm import RMSNorm
 
@@ -60,7 +60,8 @@ class ModelOutput:
     """What a forward pass returns, by attribute or by key: `outputs.logits`, `outputs["logits"]`.
 
     logits: [b t v]; loss: scalar or None; memory_state: what to pass to the next call;
-    router_losses: the routers' auxiliary losses by name, empty without a router.
+    router_losses: the routers' auxiliary losses by name, each times its coefficient and averaged over
+    layers and the segments completed in this call; training adds them. Empty without a router.
     """
 
     logits: Tensor
@@ -95,7 +96,7 @@ class MemoryTransformer(nn.Module):
         kinds_of_layer = get_memory_kinds(config)
         self.embedding = nn.Embedding(model.vocab_size, model.hidden_dim)
         self.blocks = nn.ModuleList(
-            MemoryTransformerBlock(
+            StreamBlock(
                 model.hidden_dim,
                 model.num_heads,
                 model.intermediate_dim,
@@ -112,11 +113,19 @@ class MemoryTransformer(nn.Module):
             for layer in range(model.num_layers)
         )
         self.places = state_places(kinds_of_layer, self.bank_of_layer)
+        self.share_banks(kinds_of_layer)
         self.norm = RMSNorm(model.hidden_dim)
         self.head = nn.Linear(model.hidden_dim, model.vocab_size, bias=False)
         self.init_weights()
         if model.tie_embeddings:
             self.head.weight = self.embedding.weight
+
+    def share_banks(self, kinds: dict[int, list[str]]) -> None:
+        """Layers of one bank share what their memories learn together (`Memory.share`)."""
+        first: dict[tuple[int, str], Memory] = {}
+        for layer, here in kinds.items():
+            for kind, memory in zip(here, self.block(layer).kinds(), strict=True):
+                memory.share(first.setdefault((self.bank_of_layer[layer], kind), memory))
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -143,9 +152,9 @@ class MemoryTransformer(nn.Module):
             if extra is not None and self.config.memory.wo_init_zero:
                 extra.down_proj.weight.zero_()
 
-    def block(self, layer: int) -> MemoryTransformerBlock:
+    def block(self, layer: int) -> StreamBlock:
         """The block of a layer."""
-        return cast(MemoryTransformerBlock, self.blocks[layer])
+        return cast(StreamBlock, self.blocks[layer])
 
     # -------------------------------------------------------------------------------------- the state
 
@@ -196,10 +205,14 @@ class MemoryTransformer(nn.Module):
         state = memory_state or self.init_state(input_ids.shape[0])
         mask = None if attention_mask is None else attention_mask.bool()
         logits, start = [], 0
+        auxiliary: list[dict[str, Tensor]] = []
         while start < input_ids.shape[1]:
             stop = start + self.config.model.segment_length - state.window.length
             piece = slice(start, min(stop, input_ids.shape[1]))
-            stream, state = self.advance(input_ids[:, piece], None if mask is None else mask[:, piece], state)
+            stream, state, losses = self.advance(
+                input_ids[:, piece], None if mask is None else mask[:, piece], state
+            )
+            auxiliary += losses
             logits.append(self.head(self.norm(stream)))
             start = piece.stop
         joined = torch.cat(logits, 1)
@@ -207,12 +220,14 @@ class MemoryTransformer(nn.Module):
         if labels is not None:
             predicted = rearrange(joined[:, :-1], "b t v -> (b t) v")
             loss = F.cross_entropy(predicted, rearrange(labels[:, 1:], "b t -> (b t)"))
-        return ModelOutput(joined, state, loss, {})
+        return ModelOutput(joined, state, loss, mean_by_name(auxiliary))
 
-    def advance(self, ids: Tensor, mask: Tensor | None, state: MemoryState) -> tuple[Tensor, MemoryState]:
+    def advance(
+        self, ids: Tensor, mask: Tensor | None, state: MemoryState
+    ) -> tuple[Tensor, MemoryState, list[dict[str, Tensor]]]:
         """Read up to the end of the open segment, and write it if that completes it.
 
-        ids: [b m] -> the residual stream [b m d] and the state after it.
+        ids: [b m] -> the residual stream [b m d], the state after it, and its memories' losses if complete.
         """
         past, whole = state.window, mask is None and not state.window.length
         new = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
@@ -223,7 +238,7 @@ class MemoryTransformer(nn.Module):
         values: list[Tensor] = []
         hidden: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
-            states = [state.banks[place] for place in self.places.get(layer, ())]
+            states = self.opened(layer, state.banks, past.hidden[len(hidden) :], valid)
             output = block(stream, past.keys[layer], past.values[layer], allowed, states)
             stream = output.stream
             keys.append(output.keys)
@@ -232,9 +247,28 @@ class MemoryTransformer(nn.Module):
                 hidden.append(torch.cat((past.hidden[len(hidden)], output.hidden), 1))
         window = Window(tuple(keys), tuple(values), tuple(hidden), valid)
         if window.length < self.config.model.segment_length:
-            return stream, MemoryState(state.banks, window)
+            return stream, MemoryState(state.banks, window), []
+        losses = self.losses(window.hidden, state.banks, valid)
         banks = self.write(window.hidden, state.banks, valid)
-        return stream, MemoryState(banks, window.map(_emptied))
+        return stream, MemoryState(banks, window.map(_emptied)), losses
+
+    def opened(
+        self, layer: int, banks: tuple[State, ...], past: tuple[Tensor, ...], mask: Tensor
+    ) -> list[State]:
+        """The states a layer reads, none without memory; past: the open segment's hidden [b p d] of this
+        memory layer and those after it; mask: [b p+n]."""
+        pairs = zip(self.places.get(layer, ()), self.block(layer).kinds(), strict=True)
+        return [memory.opened(banks[place], past[0], mask) for place, memory in pairs]
+
+    def losses(
+        self, hidden: tuple[Tensor, ...], banks: tuple[State, ...], mask: Tensor
+    ) -> list[dict[str, Tensor]]:
+        """What each memory adds to the loss for a finished segment; hidden: per memory layer [b n d]."""
+        return [
+            memory.losses(segment, banks[place], mask)
+            for segment, layer in zip(hidden, self.bank_of_layer, strict=True)
+            for place, memory in zip(self.places[layer], self.block(layer).kinds(), strict=True)
+        ]
 
     def write(self, hidden: tuple[Tensor, ...], banks: tuple[State, ...], mask: Tensor) -> tuple[State, ...]:
         """Every memory layer writes the finished segment, in layer order; hidden: per layer [b n d].
@@ -300,10 +334,19 @@ def _emptied(tensor: Tensor) -> Tensor:
 def state_places(kinds: dict[int, list[str]], banks: dict[int, int]) -> dict[int, list[int]]:
     """Memory layer -> where in `MemoryState.banks` each of its memories has its state.
 
-    Memories of one kind in layers of one bank share a state.
+    Memories of one kind in layers of one bank share a state, if their kind shares states.
     """
     numbers: dict[tuple[int, str], int] = {}
-    return {
-        layer: [numbers.setdefault((banks[layer], kind), len(numbers)) for kind in here]
-        for layer, here in kinds.items()
-    }
+
+    def place(layer: int, kind: str) -> int:
+        # A layer that keeps its state to itself counts as a bank of its own, below zero.
+        owner = banks[layer] if MEMORIES[kind].shares_state else -1 - layer
+        return numbers.setdefault((owner, kind), len(numbers))
+
+    return {layer: [place(layer, kind) for kind in here] for layer, here in kinds.items()}
+
+
+def mean_by_name(losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each name's values over all that have it."""
+    names = dict.fromkeys(name for some in losses for name in some)
+    return {name: torch.stack([some[name] for some in losses if name in some]).mean() for name in names}

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from memlib.config import TaskConfig
 from memlib.tasks.base import Batch, Task
 from memlib.tasks.copy import Copy
+from memlib.tasks.mixed import Mixed
 from memlib.tasks.passkey import Passkey, passkey_grid
 from memlib.tasks.qa import Qa
 from memlib.tasks.recall import Recall
@@ -19,6 +20,7 @@ from memlib.tasks.text import Text
 TASKS: dict[str, Callable[..., Task]] = {
     "recall": Recall,
     "passkey": Passkey,
+    "mixed": Mixed,
     "copy": Copy,
     "qa": Qa,
     "text": Text,
@@ -28,6 +30,7 @@ __all__ = [
     "TASKS",
     "Batch",
     "Copy",
+    "Mixed",
     "Passkey",
     "Qa",
     "Recall",

@@ -29,6 +29,10 @@ class Vocabulary:
                 "ask for fewer of the largest family"
             )
 
+    @property
+    def families(self) -> list[str]:
+        return list(self._ranges)
+
     def __getitem__(self, family: str) -> range:
         return self._ranges[family]
 

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memlib.memory.base import State
+from memlib.memory.quantization import pack_memory_banks
 
 
 class CheckpointError(RuntimeError):
@@ -79,7 +80,7 @@ def load_checkpoint(
     try:
         document = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         if model is not None:
-            load_model(model, folder / "model.safetensors")
+            load_weights(model, folder / "model.safetensors")
         if optimizer is not None:
             tensors = load_file(folder / "optimizer.safetensors")
             restore_optimizer(optimizer, tensors, document["optimizer_groups"])
@@ -97,6 +98,14 @@ def load_checkpoint(
             f"{folder}: cannot be loaded ({error}); use an earlier checkpoint, or the configuration "
             "it was saved with"
         ) from None
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Read a model's tensors; where the file holds packed banks, the model's are packed first."""
+    with safe_open(file, "pt") as stored:
+        if any(name.endswith(".quantized") for name in stored.keys()):  # noqa: SIM118, not a mapping
+            pack_memory_banks(model)
+    load_model(model, file)
 
 
 def latest_checkpoint(run: str | os.PathLike[str]) -> Path | None:

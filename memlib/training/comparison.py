@@ -15,7 +15,7 @@ from memlib.config import Config, load_config, override
 from memlib.evaluation.hierarchy import read_alone, recall_in_stream
 from memlib.files import write_text
 from memlib.memory.hds import HdsMemory
-from memlib.models.block import MemoryTransformerBlock
+from memlib.models.block import StreamBlock
 from memlib.models.info import count_parameters
 from memlib.training.trainer import Trainer
 
@@ -37,10 +37,12 @@ COMPARISONS = {
     "recall": ["recall_baseline", "recall_internal", "recall_hds", "recall_external"],
     "rewrite": ["rewrite_baseline", "rewrite_internal"],
     "passkey": ["passkey_baseline", "passkey_external"],
+    "mixed": ["mixed_baseline", "mixed_internal", "mixed_external", "mixed_hybrid"],
 }
 # Segments to measure at, where not 4, 6 and 32.
 LENGTHS = {
     "passkey": [4, 32, 66, 128],
+    "mixed": [4, 16],
     "age": [2, 3, 5, 9, 17, 33, 65, 129],
     "banks": [4, 8, 16, 32, 64],
 }
@@ -67,7 +69,7 @@ def of_run(trainer: Trainer, name: str, accuracy: dict[int, float]) -> Result:
 
 def measure_by_bank(trainer: Trainer, name: str, segments: Sequence[int]) -> list[Result]:
     """Recall by age with all banks, and with each bank alone: one row more a bank."""
-    block = cast(MemoryTransformerBlock, trainer.model.blocks[0])
+    block = cast(StreamBlock, trainer.model.blocks[0])
     memory = cast(HdsMemory, block.memories["hds"])
     results = [of_run(trainer, name, {n: trainer.evaluate(128, segments=n).accuracy for n in segments})]
     for bank, half_life in enumerate(memory.half_lives.tolist()):

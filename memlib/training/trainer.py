@@ -123,7 +123,7 @@ class Trainer:
         return record
 
     def train_step(self) -> dict[str, float]:
-        """One optimizer step; returns loss, accuracy, gradient norm and rates."""
+        """One optimizer step; returns loss, accuracy, gradient norm, rates and the routers' loss, if any."""
         training = self.config.training
         self.model.train()
         task = self.task_at(self.step)
@@ -135,10 +135,10 @@ class Trainer:
             for i in range(count)
         ]
         positions = sum(int(batch.scored.sum()) for batch in batches)
-        loss, right = 0.0, 0
+        loss, right, routing = 0.0, 0, 0.0
         for batch in batches:
-            batch_loss, batch_right = self.backward(batch, task, positions)
-            loss, right = loss + batch_loss, right + batch_right
+            batch_loss, batch_right, batch_routing = self.backward(batch, task, positions)
+            loss, right, routing = loss + batch_loss, right + batch_right, routing + batch_routing
         limit = training.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -147,27 +147,36 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
-        return {"loss": loss, "accuracy": right / positions, "grad_norm": norm, **rates}
+        record = {"loss": loss, "accuracy": right / positions, "grad_norm": norm, **rates}
+        return record | ({"router_loss": routing} if routing else {})
 
-    def backward(self, batch: Batch, task: Task, positions: int) -> tuple[float, int]:
-        """Gradients of one batch, piece by piece; returns its share of the loss, and hits."""
+    def backward(self, batch: Batch, task: Task, positions: int) -> tuple[float, int, float]:
+        """Gradients of one batch, piece by piece; returns its share of the loss, hits, and its share of
+        the routers' losses, which are added for the gradient and reported apart."""
         state = None
         if task.continues and self.carried is not None:
             state = self.model.reset(self.carried, batch.starts)
-        loss, right = 0.0, 0
+        loss, right, routing, length = 0.0, 0, 0.0, batch.tokens.shape[1]
         horizon = (self.config.training.horizon or task.segments) * task.segment_length
-        for start in range(0, batch.tokens.shape[1], horizon):
+        for start in range(0, length, horizon):
             part = slice(start, start + horizon)
             output = self.model(batch.tokens[:, part], memory_state=state)
             state = output.memory_state.detach()
             where = batch.targets[:, part], batch.scored[:, part]
+            total = output.logits.new_zeros(())
+            if output.router_losses:
+                share = output.logits.shape[1] / length / self.config.training.gradient_accumulation_steps
+                total = share * torch.stack(list(output.router_losses.values())).sum()
+                routing += float(total.detach())
             if bool(where[1].any()):
                 piece = scored_cross_entropy(output.logits, *where) / positions
-                piece.backward()
+                total = total + piece
                 loss += float(piece.detach())
                 right += correct(output.logits, *where)
+            if total.requires_grad:
+                total.backward()
         self.carried = state if task.continues else None
-        return loss, right
+        return loss, right, routing
 
     def make_task(self, config: TaskConfig) -> Task:
         """The task of a configuration; ConfigError where it has more tokens than the model, ValueError
@@ -283,6 +292,23 @@ def load_run(folder: str | os.PathLike[str]) -> Trainer:
 
     Raises CheckpointError if the folder holds no checkpoint.
     """
-    if latest_checkpoint(folder) is None:
-        raise CheckpointError(f"{folder}: no checkpoint here; train one with memlib train … --out {folder}")
+    newest_checkpoint(folder)
     return Trainer(load_config(Path(folder, "config.yaml")), folder, resume=True)
+
+
+def load_model(folder: str | os.PathLike[str]) -> MemoryTransformer:
+    """A trained run's model at its newest checkpoint, ready to use: its data need not be there.
+
+    Raises CheckpointError if the folder holds no checkpoint.
+    """
+    path, config = newest_checkpoint(folder), load_config(Path(folder, "config.yaml"))
+    model = MemoryTransformer(config)
+    load_checkpoint(path, model)
+    return model.to(config.training.device).eval()
+
+
+def newest_checkpoint(folder: str | os.PathLike[str]) -> Path:
+    found = latest_checkpoint(folder)
+    if found is None:
+        raise CheckpointError(f"{folder}: no checkpoint here; train one with memlib train … --out {folder}")
+    return found

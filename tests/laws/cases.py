@@ -32,6 +32,13 @@ SMALL = {  # sizes by field name, in any memory's dataclass
     "long_slots": 4,
     "slot_dim": 16,
     "reclaim_after": 2,
+    "num_memory_tokens": 8,
+    "use_low_rank_memory": True,
+    "memory_rank": 4,
+    "num_chapters": 4,
+    "top_k_chapters": 2,
+    "routing_window_size": 6,
+    "load_balance_coefficient": 0.0,  # else a piece without answers has a gradient too
 }
 
 SHARINGS = ("shared", "per_layer", "every_k_layers")
@@ -39,6 +46,7 @@ FUSIONS = {
     "residual_A": {"fusion": "residual", "memory_block_variant": "A"},
     "residual_B": {"fusion": "residual", "memory_block_variant": "B"},
 }
+MANY_COMBINATIONS = 8  # a memory with more shows every two choices together, not all
 MANY_VARIANTS = 4  # a memory with more meets the sharings and fusions in turn, the first variant all
 
 
@@ -87,19 +95,41 @@ def stir(model: MemoryTransformer, size: float = 0.3) -> MemoryTransformer:
     return model
 
 
+def carries(config: Config) -> bool:
+    """Whether something said in one segment can reach a later one."""
+    return any(getattr(config.memory, kind).carries for kind in config.memory.kinds)
+
+
 def memory_config(kind: str) -> type:
     """The dataclass of a registered memory."""
     return get_type_hints(configuration.MemoryConfig)[kind]
 
 
 def variants(kind: str) -> list[dict[str, Any]]:
-    """Options for every combination of the choices a memory's dataclass offers, in small sizes."""
+    """Options for the choices a memory's dataclass offers, in small sizes: every combination of them, or,
+    where these are many, as many as it takes to have each two choices together."""
     hints = get_type_hints(memory_config(kind))
     sizes = {name: value for name, value in SMALL.items() if name in hints}
     choices = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
-    return [
-        sizes | dict(zip(choices, picked, strict=True)) for picked in itertools.product(*choices.values())
-    ]
+    picks = list(itertools.product(*choices.values()))
+    if len(picks) > MANY_COMBINATIONS:
+        picks = pairwise(picks)
+    return [sizes | dict(zip(choices, picked, strict=True)) for picked in picks]
+
+
+def pairwise(picks: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Of all combinations, few that still show every two choices of two options together; the first stays."""
+    missing = set().union(*map(pairs_of, picks))
+    chosen, rest = [], list(picks)
+    while missing:
+        best = max(rest, key=lambda pick: (not chosen and pick is picks[0], len(missing & pairs_of(pick))))
+        chosen.append(best)
+        missing -= pairs_of(best)
+    return chosen
+
+
+def pairs_of(pick: tuple[str, ...]) -> set[tuple[tuple[int, str], ...]]:
+    return set(itertools.combinations(enumerate(pick), 2))
 
 
 def cases() -> list[Case]:

@@ -23,7 +23,7 @@ from memlib.models import MemoryState, MemoryTransformer
 from memlib.tasks import Batch
 from memlib.training.trainer import Trainer
 
-from .cases import BATCH, SEGMENT, VOCAB, Case, stir
+from .cases import BATCH, SEGMENT, VOCAB, Case, carries, stir
 
 TIGHT, EXACT = 1e-10, 0.0
 LONG = 60  # segments of a long stream
@@ -233,7 +233,7 @@ def forgetting(make: Make, feeding: Feeding) -> None:
     same_state(law, "state of the other rows", got_state.rows(others), kept_state.rows(others))
 
     read = state.window.length
-    if read or state.banks:
+    if read or carries(model.config):
         differs(law, "a reset changes nothing", got[row], kept[row])
     padding = torch.zeros(BATCH, read, dtype=torch.int64)
     new_mask = torch.cat((padding, torch.ones_like(rest) if rest_mask is None else rest_mask), 1)
@@ -338,7 +338,7 @@ def truncation(make: Make) -> None:
             loss = F.cross_entropy(output.logits.flatten(0, 1), tokens[:, cut:].flatten())
             (gradient,) = torch.autograd.grad(loss, model.embedding.weight)
             reaches = bool(gradient[early].any())
-            if reaches != (not detach and (read > 0 or bool(model.bank_of_layer))):
+            if reaches != (not detach and (read > 0 or carries(model.config))):
                 raise AssertionError(
                     f"{law}: gradient of an earlier call's token is {'not ' * reaches}zero "
                     f"{'after' if detach else 'without'} detach, {read} tokens into a segment"

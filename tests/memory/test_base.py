@@ -60,6 +60,18 @@ def test_a_state_is_frozen_and_no_method_changes_it():
         state.slots = torch.zeros(1)
 
 
+def test_join_puts_batches_one_behind_the_other():
+    states = outer(0), outer(1, batch=1), outer(2, batch=2)
+    joined = states[0].join(*states[1:])
+    first = 0
+    for state in states:
+        count = state.slots.shape[0]
+        assert values(joined.rows(torch.arange(first, first + count))) == values(state)
+        first += count
+    assert joined.slots.shape[0] == first == 6
+    assert values(states[0].join()) == values(states[0])
+
+
 def test_where_takes_rows_from_one_state_or_the_other():
     mine, other = outer(0), outer(1)
     mixed = mine.where(torch.tensor([True, False, True]), other)

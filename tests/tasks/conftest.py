@@ -2,11 +2,12 @@
 
 import pytest
 
-from memlib.config import CopyConfig, PasskeyConfig, QaConfig, RecallConfig
-from memlib.tasks import Copy, Passkey, Qa, Recall
+from memlib.config import CopyConfig, MixedConfig, PasskeyConfig, QaConfig, RecallConfig
+from memlib.tasks import Copy, Mixed, Passkey, Qa, Recall
 
 VARIANTS = {
     "recall": lambda low=None: Recall(RecallConfig(), 16, 4, low),
+    "mixed": lambda low=None: Mixed(MixedConfig(num_facts=8, num_settings=2, fact_queries=2), 16, 4, low),
     "recall-rewrites": lambda low=None: Recall(RecallConfig(rewrites=2), 16, 4, low),
     "recall-spread": lambda low=None: Recall(RecallConfig(num_pairs=12, num_queries=5), 16, 4, low),
     "passkey": lambda low=None: Passkey(PasskeyConfig(num_digits=3), 16, 4, low),

@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from memlib.config import ConfigError, load_config, override
 from memlib.tasks import Batch
 from memlib.training.checkpoint import CheckpointError, flatten_optimizer, latest_checkpoint
 from memlib.training.log import read_log
-from memlib.training.trainer import Trainer, TrainingDiverged, load_run
+from memlib.training.trainer import Trainer, TrainingDiverged, load_model, load_run
 
 
 def train(config, folder=None, until=None, resume=False):
@@ -98,6 +99,18 @@ def test_a_finished_run_opens_from_its_folder(tiny, tmp_path):
     ]
     with pytest.raises(CheckpointError, match=r"nowhere: no checkpoint here; train one with memlib train"):
         load_run(tmp_path / "nowhere")
+
+
+def test_a_model_opens_without_its_data(tiny, text, tmp_path):
+    trained = train(tiny(text), tmp_path / "run")
+    (tmp_path / "verses.txt").unlink()
+    with pytest.raises(ValueError, match="no such file or folder"):
+        load_run(tmp_path / "run")
+    model = load_model(tmp_path / "run")
+    same(dict(model.named_parameters()), dict(trained.model.named_parameters()))
+    assert not model.training
+    with pytest.raises(CheckpointError, match=r"nowhere: no checkpoint here; train one with memlib train"):
+        load_model(tmp_path / "nowhere")
 
 
 def test_a_folder_that_holds_a_run_is_refused_without_resume(tiny, tmp_path):
@@ -363,3 +376,48 @@ def test_too_little_text_is_said_before_training(tmp_path):
     note.write_text("far too short. " * 10)
     with pytest.raises(ValueError, match="bytes of train text are too few for 32 rows"):
         Trainer(override(load_config("recall_internal"), changes | {"task.segments_min": None}))
+
+
+ROUTED = {
+    "memory.kinds": ["chapters"],
+    "memory.chapters.num_memory_tokens": 16,
+    "memory.chapters.num_chapters": 4,
+    "memory.chapters.top_k_chapters": 2,
+    "memory.chapters.use_auxiliary_loss": True,
+    "memory.chapters.use_z_loss": True,
+    "training.gradient_accumulation_steps": 2,
+}
+
+
+@pytest.mark.parametrize("horizon", [None, 2])
+def test_router_losses_are_added_to_the_gradient_and_reported_apart(tiny, horizon):
+    """By hand: cross-entropy over all answers, plus each piece's mean losses by its share of the tokens."""
+    trainer = Trainer(tiny(ROUTED | {"training.horizon": horizon}))
+    twin = Trainer(tiny(ROUTED | {"training.horizon": horizon}))
+    twin.model.load_state_dict(trainer.model.state_dict())
+    batch = trainer.task.batch(4, 0)
+    positions = int(batch.scored.sum())
+    loss, _, routing = trainer.backward(batch, trainer.task, positions)
+    state, answers, routed = None, 0.0, 0.0
+    n = trainer.config.model.segment_length
+    for first, last in [(0, 3)] if horizon is None else [(0, 2), (2, 3)]:
+        part = slice(n * first, n * last)
+        output = twin.model(batch.tokens[:, part], memory_state=state)
+        state = output.memory_state.detach()
+        asked = batch.scored[:, part]
+        if asked.any():
+            said, wanted = output.logits[asked], batch.targets[:, part][asked]
+            answers = answers + F.cross_entropy(said, wanted, reduction="sum") / positions
+        routed = routed + sum(output.router_losses.values()) * (last - first) / 3 / 2
+    (answers + routed).backward()
+    assert loss == pytest.approx(float(answers.detach()))
+    assert routing == pytest.approx(float(routed.detach())) and routing > 0
+    for mine, theirs in zip(trainer.model.parameters(), twin.model.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_the_log_has_a_router_loss_where_there_is_a_router(tiny):
+    assert Trainer(tiny(ROUTED)).train_step()["router_loss"] > 0
+    assert "router_loss" not in Trainer(tiny()).train_step()

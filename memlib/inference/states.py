@@ -1,0 +1,84 @@
+"""Memory states as files: safetensors, whole or not at all, and bound to the model that wrote them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from memlib.config import to_dict
+from memlib.files import write_bytes
+from memlib.models import MemoryState, MemoryTransformer
+
+FORMAT = "memlib memory state 1"
+SAMPLED = 64  # values of each parameter that the fingerprint looks at
+RANDOM = "random"
+
+
+class StateError(ValueError):
+    """A state file that cannot be used; the message names the file and the remedy."""
+
+
+def save_state(
+    state: MemoryState,
+    path: str | os.PathLike[str],
+    model: MemoryTransformer,
+    random: Tensor | None = None,
+) -> None:
+    """Write a state of this model's streams, and the state of a random generator if given.
+
+    With stores attached the state says where its streams stand in them: save the stores too.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.named_tensors()}
+    if random is not None:
+        tensors[RANDOM] = random
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, save(tensors, {"format": FORMAT, "model": fingerprint(model)}))
+
+
+def load_state(path: str | os.PathLike[str], model: MemoryTransformer) -> tuple[MemoryState, Tensor | None]:
+    """What `save_state` wrote: the state, and the random generator's state if there is one.
+
+    Raises StateError for a file that is missing, damaged, or of another model: one with another
+    configuration or other weights, which would read the numbers of this one's memory as its own.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except FileNotFoundError:
+        raise StateError(f"{path}: no such file; save_state writes it") from None
+    except (SafetensorError, OSError) as error:
+        raise StateError(f"{path}: not a whole state file ({error}); start a new one") from None
+    if about.get("format") != FORMAT:
+        raise StateError(f"{path}: format {about.get('format')!r}, not {FORMAT!r}; start a new one")
+    if about["model"] != fingerprint(model):
+        raise StateError(
+            f"{path}: of another model, or of this one before it was trained on; open it with the "
+            "checkpoint that wrote it, or start a new one"
+        )
+    try:
+        state = model.init_state(1).load(tensors)
+    except KeyError as error:
+        raise StateError(f"{path}: {error.args[0]}; attach stores as they were when it was saved") from None
+    return state.to(model.embedding.weight.device), tensors.get(RANDOM)
+
+
+@torch.no_grad()
+def fingerprint(model: MemoryTransformer) -> str:
+    """A hash of what a state means something to: architecture and weights, of which it looks at samples."""
+    config = [to_dict(part) for part in (model.config.model, model.config.memory)]
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, parameter in model.named_parameters():
+        flat = rearrange(parameter, "... -> (...)")
+        sample = flat[:: max(1, flat.numel() // SAMPLED)].double().cpu().numpy()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + sample.tobytes())
+    return digest.hexdigest()
