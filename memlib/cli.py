@@ -81,7 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("table", help="train and measure one of the README's tables")
     command.add_argument(
-        "name", choices=["recall", "rewrite", "passkey", "mixed", "compression", "slots", "prototype"]
+        "name",
+        choices=["recall", "rewrite", "passkey", "mixed"]
+        + ["compression", "slots", "prototype", "age", "banks"],
     )
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     command.add_argument("--segments", type=int, nargs="+", help="default: the lengths of the stored table")
@@ -211,6 +213,7 @@ def generate(arguments: argparse.Namespace) -> int:
 def table(arguments: argparse.Namespace) -> int:
     from memlib.training.comparison import (
         LENGTHS,
+        MEASURES,
         compare,
         named_comparison,
         summary,
@@ -220,7 +223,8 @@ def table(arguments: argparse.Namespace) -> int:
 
     configs = named_comparison(arguments.name)
     segments = arguments.segments or LENGTHS.get(arguments.name, [4, 6, 32])
-    results = compare(configs, arguments.seeds, segments, arguments.out)
+    measures = MEASURES.get(arguments.name)
+    results = compare(configs, arguments.seeds, segments, arguments.out, measures=measures)
     target = arguments.json or arguments.out / f"{arguments.name}.json"
     write_json(results, target)
     print(f"{to_markdown(results)}\n\n{summary(results)}")

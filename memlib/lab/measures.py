@@ -7,7 +7,7 @@ was recorded in; `row` is a stream of the batch.
 from __future__ import annotations
 
 import numpy as np
-from einops import einsum, rearrange, reduce
+from einops import einsum, rearrange, reduce, repeat
 
 from memlib.lab.trace import Trace, TraceError
 
@@ -30,20 +30,35 @@ def stream_length(trace: Trace) -> int:
 
 
 def read_weight(trace: Trace, memory: str = "internal", row: int = 0, layer: int = 0) -> np.ndarray:
-    """How much of each token's reading came from each slot: [n s], each row summing to 1."""
-    weight = trace[f"{memory}.reader.weight"].at(layer=layer, batch=row)
+    """How much of each token's reading came from each slot: [n s], each row summing to 1.
+
+    A memory that retrieves by content records its weights where its attention is.
+    """
+    by_content = f"{memory}.reader.attention.weight"
+    name = by_content if by_content in trace else f"{memory}.reader.weight"
+    weight = trace[name].at(layer=layer, batch=row)
     return (weight.mean("head") if "head" in weight.axes else weight).values
 
 
 def write_strength(trace: Trace, memory: str = "internal", row: int = 0, layer: int = 0) -> np.ndarray:
-    """How strongly each token wrote each slot, input gate included: [n s]."""
+    """How strongly each token wrote each slot, input gate and share of its bank included: [n s]."""
     weight = trace[f"{memory}.writer.weight"].at(layer=layer, batch=row)
     if "token" in weight.axes:
-        return weight.values * rearrange(per_token(trace, f"{memory}.writer.input", row, layer), "n -> n 1")
+        opened = rearrange(per_token(trace, f"{memory}.writer.input", row, layer), "n -> n 1")
+        share = by_slot(trace, f"{memory}.writer.bank", weight.sizes["slot"], row, layer)
+        return weight.values * opened * share
     opened = trace[f"{memory}.writer.input"].at(layer=layer, batch=row).mean("feature").values
     slots = weight.sizes["slot"]  # which are sources too, and no words
     among_tokens = weight.mean("head").values[:, :, slots:]
     return rearrange(among_tokens * rearrange(opened, "t s -> t s 1"), "t s m -> (t m) s")
+
+
+def by_slot(trace: Trace, name: str, slots: int, row: int = 0, layer: int = 0) -> np.ndarray:
+    """What each token gave each bank, as one number a slot [n s]; ones for a memory without banks."""
+    if name not in trace:
+        return np.ones((1, 1), np.float32)
+    values = trace[name].at(layer=layer, batch=row).values
+    return repeat(values, "n k -> n (k s)", s=slots // values.shape[1])
 
 
 def provenance(trace: Trace, memory: str = "internal", row: int = 0, layer: int = 0) -> np.ndarray:
@@ -51,21 +66,25 @@ def provenance(trace: Trace, memory: str = "internal", row: int = 0, layer: int 
 
     What token u put into slot s is thinned by every later erasure; a token t then reads a share of it:
         own_su = i_u a_us prod_{v>u} (1 - a_vs i_v (1 - f_v)),     P_tu = sum_s r_ts own_su
-    over the u of earlier segments. Raises TraceError for a memory whose tokens do not write one by one.
+    over the u of earlier segments; in banks, which decay and do not erase, every later token thins all slots.
+    Raises TraceError for a memory whose tokens do not write one by one.
     """
     if "token" not in trace[f"{memory}.writer.weight"].axes:
         raise TraceError(f"{memory}: not written token by token, so no token owns what a slot holds")
     read = read_weight(trace, memory, row, layer)
     strength = write_strength(trace, memory, row, layer)
-    kept = per_token(trace, f"{memory}.writer.forget", row, layer)
-    remain = 1 - strength * rearrange(1 - kept, "n -> n 1")
+    if f"{memory}.writer.decay" in trace:
+        remain = by_slot(trace, f"{memory}.writer.decay", read.shape[1], row, layer)
+    else:
+        kept = per_token(trace, f"{memory}.writer.forget", row, layer)
+        remain = 1 - strength * rearrange(1 - kept, "n -> n 1")
     writes = trace[f"{memory}.after"].sizes["step"]
-    length = len(read) // writes
+    length = len(strength) // writes
     own, said = np.zeros((read.shape[1], len(read))), np.zeros((len(read), len(read)))
     for segment in range(0, len(read), length):
         part = slice(segment, segment + length)
         said[part] = einsum(read[part], own, "n s, s u -> n u")
-        for u in range(segment, min(segment + length, len(read))):
+        for u in range(segment, min(segment + length, len(strength))):
             own *= rearrange(remain[u], "s -> s 1")
             own[:, u] += strength[u]
     return said
@@ -100,10 +119,9 @@ def slot_life(trace: Trace, memory: str = "internal", row: int = 0, layer: int =
         raise TraceError(f"{memory}: its state has no slots; it has {', '.join(after.axes)}")
     steps = after.sizes["step"]
     life = {}
-    for name, measure in (("written", write_strength), ("read", read_weight)):
-        weight = measure(trace, memory, row, layer)
-        whole = weight[: len(weight) // steps * steps]
-        life[name] = rearrange(whole, "(t n) s -> t n s", t=steps).sum(1)
+    written, read = write_strength(trace, memory, row, layer), read_weight(trace, memory, row, layer)
+    for name, weight in (("written", written), ("read", read[: len(written)])):
+        life[name] = rearrange(weight, "(t n) s -> t n s", t=steps).sum(1)
     life["change"] = np.linalg.norm(after.values - before.values, axis=-1)
     life["norm"] = np.linalg.norm(after.values, axis=-1)
     age = np.zeros_like(life["written"])

@@ -125,6 +125,7 @@ class BlockLevel(nn.Module):
         self.v_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
         self.empty_key = nn.Parameter(torch.zeros(hidden_dim))
         self.weight_probe = Probe("batch token block")
+        self.filled_probe = Probe("batch token")
 
     def init_state(self, batch_size: int) -> BlockState:
         like = self.empty_key
@@ -149,6 +150,7 @@ class BlockLevel(nn.Module):
         """
         most = (self.chunk_size - 1 + hidden.shape[1]) // self.chunk_size  # blocks a segment can complete
         place = rearrange(state.filled, "b -> b 1") + torch.cumsum(mask, 1) - mask.long()
+        self.filled_probe((place % self.chunk_size + 1) / self.chunk_size * mask)
         belongs = F.one_hot(place // self.chunk_size, most + 1).to(hidden) * rearrange(mask, "b n -> b n 1")
         sums = einsum(belongs, hidden, "b n m, b n d -> b m d")
         sums = torch.cat((rearrange(state.open + sums[:, 0], "b d -> b 1 d"), sums[:, 1:]), 1)

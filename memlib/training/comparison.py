@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from memlib.config import Config, load_config, override
+from memlib.evaluation.hierarchy import read_alone, recall_in_stream
 from memlib.files import write_text
+from memlib.memory.hds import HdsMemory
+from memlib.models.block import StreamBlock
 from memlib.models.info import count_parameters
 from memlib.training.trainer import Trainer
 
@@ -35,13 +39,23 @@ COMPARISONS = {
     "passkey": ["passkey_baseline", "passkey_external"],
     "mixed": ["mixed_baseline", "mixed_internal", "mixed_external", "mixed_hybrid"],
 }
-LENGTHS = {"passkey": [4, 32, 66, 128], "mixed": [4, 16]}  # segments to measure at, where not 4, 6 and 32
+# Segments to measure at, where not 4, 6 and 32.
+LENGTHS = {
+    "passkey": [4, 32, 66, 128],
+    "mixed": [4, 16],
+    "age": [2, 3, 5, 9, 17, 33, 65, 129],
+    "banks": [4, 8, 16, 32, 64],
+}
 RATIOS = (1.0, 0.5, 0.25, 0.125)
 
 
 def measure(trainer: Trainer, name: str, segments: Sequence[int]) -> Result:
     """The result of a trained run at each number of segments."""
-    scores = {n: trainer.evaluate(segments=n) for n in segments}
+    return of_run(trainer, name, {n: trainer.evaluate(segments=n).accuracy for n in segments})
+
+
+def of_run(trainer: Trainer, name: str, accuracy: dict[int, float]) -> Result:
+    """What was measured of a run, and what the run was."""
     return Result(
         name,
         trainer.config.training.seed,
@@ -49,8 +63,32 @@ def measure(trainer: Trainer, name: str, segments: Sequence[int]) -> Result:
         trainer.step,
         round(trainer.cpu_seconds, 1),
         trainer.task.chance,
-        {n: round(score.accuracy, 4) for n, score in scores.items()},
+        {n: round(score, 4) for n, score in accuracy.items()},
     )
+
+
+def measure_by_bank(trainer: Trainer, name: str, segments: Sequence[int]) -> list[Result]:
+    """Recall by age with all banks, and with each bank alone: one row more a bank."""
+    block = cast(StreamBlock, trainer.model.blocks[0])
+    memory = cast(HdsMemory, block.memories["hds"])
+    results = [of_run(trainer, name, {n: trainer.evaluate(128, segments=n).accuracy for n in segments})]
+    for bank, half_life in enumerate(memory.half_lives.tolist()):
+        with read_alone(memory, bank):
+            alone = {n: trainer.evaluate(128, segments=n).accuracy for n in segments}
+        results.append(of_run(trainer, f"{name}, only half-life {half_life:g}", alone))
+    return results
+
+
+def measure_in_stream(trainer: Trainer, name: str, segments: Sequence[int]) -> list[Result]:
+    """Recall by age, and of the last of many examples of 4 segments in one stream: two rows.
+
+    In both, the column is how many segments the stream has when the question comes.
+    """
+    task = trainer.make_task(override(trainer.config.task, {"segments": 4, "segments_min": None}))
+    stream = recall_in_stream(trainer.model, task, max(segments) // 4)
+    last = {n: stream[n // 4 - 1] for n in segments}
+    single = {n: trainer.evaluate(128, segments=n).accuracy for n in segments}
+    return [of_run(trainer, name, single), of_run(trainer, f"{name}, in a stream", last)]
 
 
 def compare(
@@ -59,15 +97,22 @@ def compare(
     segments: Sequence[int],
     folder: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    measures: Callable[[Trainer, str, Sequence[int]], list[Result]] | None = None,
 ) -> list[Result]:
-    """Train every configuration with every seed; with a folder the runs are kept (and reused if whole)."""
+    """Train every configuration with every seed; with a folder the runs are kept (and reused if whole).
+
+    measures: what to measure of each run, where not its accuracy at each number of segments.
+    """
     results = []
     for name, config in configs.items():
         for seed in seeds:
             run = Path(folder, name, f"seed-{seed}") if folder else None
             trainer = Trainer(override(config, {"training.seed": seed}), run, resume=True)
             trainer.train(progress=progress)
-            results.append(measure(trainer, name, segments))
+            if measures:
+                results += measures(trainer, name, segments)
+            else:
+                results.append(measure(trainer, name, segments))
     return results
 
 
@@ -102,7 +147,32 @@ def prototype() -> dict[str, Config]:
     return {"recall_ring": small, "recall_ring_512": override(small, large)}
 
 
-STUDIES = {"compression": compression, "slots": slots, "prototype": prototype}
+def age() -> dict[str, Config]:
+    """The hierarchy of states with half-lives fixed at 2, 4, 8 and 16 segments."""
+    fixed = {"decay": "fixed", "half_life_min": 2.0, "half_life_max": 16.0}
+    return {"hds": override(load_config("recall_hds"), {f"memory.hds.{k}": v for k, v in fixed.items()})}
+
+
+def banks() -> dict[str, Config]:
+    """512 slots in one bank, at each of three half-lives, and in four banks with half-lives between them."""
+    base = override(load_config("recall_hds"), {"memory.hds.decay": "fixed"})
+    one = {"num_memories": 1, "num_slots": 512}
+    kinds = {f"banks_1x512_half_{half:g}": one | {"half_life_max": half} for half in (4.0, 16.0, 64.0)}
+    kinds["banks_4x128"] = {"num_memories": 4, "num_slots": 128}
+    return {
+        name: override(base, {f"memory.hds.{field}": value for field, value in fields.items()})
+        for name, fields in kinds.items()
+    }
+
+
+STUDIES = {
+    "compression": compression,
+    "slots": slots,
+    "prototype": prototype,
+    "age": age,
+    "banks": banks,
+}
+MEASURES = {"age": measure_by_bank, "banks": measure_in_stream}
 
 
 def named_comparison(name: str) -> dict[str, Config]:

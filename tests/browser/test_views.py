@@ -10,26 +10,51 @@ import torch
 
 from memlib import load_config, override, record
 from memlib.lab.ablation import Question, ablate
-from memlib.lab.widgets import gates_over_time, inspect_slots, reading_over_text, save_page, slots_over_time
+from memlib.lab.levels import levels_of
+from memlib.lab.widgets import (
+    gates_over_time,
+    inspect_slots,
+    levels_over_time,
+    reading_over_text,
+    save_page,
+    slots_over_time,
+)
 from memlib.lab.widgets.inspector import busiest_slots, main_writer
 from memlib.lab.widgets.slots import slot_view
 from memlib.lab.widgets.training import training_view
 from memlib.models import MemoryTransformer
 
-KINDS = ["strips", "slots", "inspector", "reading", "training"]
+KINDS = ["strips", "slots", "inspector", "reading", "training", "levels"]
 STEPS, SLOTS = 64, 8 * 1024
 
 
 @pytest.fixture(scope="module")
-def views():
+def ids():
+    return torch.randint(0, 64, (1, 64), generator=torch.Generator().manual_seed(0))
+
+
+def stirred(preset, changes, ids):
+    """A model with no value at its neutral start, and its trace of a stream."""
     torch.manual_seed(0)
-    model = MemoryTransformer(override(load_config("recall_internal"), {"memory.internal.num_slots": 32}))
+    model = MemoryTransformer(override(load_config(preset), changes))
     with torch.no_grad():
         for p in model.eval().parameters():
             p.add_(0.3 * torch.randn_like(p))
-    ids = torch.randint(0, 64, (1, 64))
     with record(model) as trace, torch.no_grad():
         model(ids)
+    return model, trace
+
+
+@pytest.fixture(scope="module")
+def hierarchy(ids):
+    """Three banks, blocks of six tokens: the trace of a hierarchy of states."""
+    shape = {"memory.hds.num_memories": 3, "memory.hds.num_slots": 8, "memory.hds.chunk_size": 6}
+    return stirred("recall_hds", shape, ids)[1]
+
+
+@pytest.fixture(scope="module")
+def views(ids, hierarchy):
+    model, trace = stirred("recall_internal", {"memory.internal.num_slots": 32}, ids)
     questions = [Question(50, 3), Question(60, 5)]
     slots = busiest_slots(trace, most=12)
     ablation = ablate(model, ids[0], questions, main_writer(trace), slots)
@@ -41,13 +66,14 @@ def views():
         "inspector": inspect_slots(trace, ablation, 50, lambda t: f"w{t}", segment_length=16),
         "reading": reading_over_text(trace, lambda t: f"w{t}", segment_length=16, marked=[50, 60]),
         "training": training_view(records, "finished", 0.06, True),
+        "levels": levels_over_time(hierarchy, lambda t: f"w{t}"),
     }
 
 
 @pytest.fixture(scope="module")
 def address(views, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "views.html"
-    save_page(path, *views.values(), title="Five views")
+    save_page(path, *views.values(), title="Six views")
     return path.as_uri()
 
 
@@ -139,6 +165,58 @@ def test_inspector_says_what_the_ablation_found(open_sheet, address, views):
             assert goes in figure.readout
 
 
+def test_levels_say_what_a_token_sees(open_sheet, address, hierarchy):
+    """Share of the reading, blocks, what is written and what is left, against numpy."""
+    seen, figure = levels_of(hierarchy), open_sheet(address).figure("levels")
+    figure.press("End", *["ArrowUp"] * 8)
+    last, said = 63, []
+    for row in range(4 + 3):
+        assert figure.item == row
+        said.append(figure.readout)
+        figure.press("ArrowDown")
+    for level in range(4):
+        assert f"{seen.level[last, level]:.4f} of its reading" in said[level]
+    best = int(seen.block[last].argmax())
+    first, end = seen.bounds[best]
+    assert (
+        f"8 blocks are complete, most looked at: tokens {first}–{end} {seen.block[last, best]:.4f}" in said[1]
+    )
+    assert f"nothing {seen.nothing[last]:.4f}" in said[1] and "the mean of 48 tokens" in said[2]
+    for bank in range(3):
+        share = seen.level[last, 3] * seen.read[last, bank]
+        left = seen.left[3, :, bank]
+        assert f"½ in {seen.half_lives[bank]:.1f} segments: {share:.4f} of its reading" in said[4 + bank]
+        assert f"it writes {seen.written[last, bank]:.4f}" in said[4 + bank]
+        assert f"most is left of token {left.argmax()} “" in said[4 + bank]
+        assert said[4 + bank].endswith(f": {left.max():.4f}")
+
+
+def test_levels_draw_what_is_left(open_sheet, address, hierarchy):
+    """A cell of a bank has cividis' colour for what is left of that token; in another segment less is."""
+    from matplotlib import colormaps
+
+    seen, figure = levels_of(hierarchy), open_sheet(address).figure("levels")
+    for segment in (2, 3):
+        figure.press("Home", *["PageDown"] * segment)
+        figure.settle()
+        for bank, token in ((0, 3), (1, 17), (2, 30)):
+            place = figure.place(token, 4 + bank)
+            pixel = figure.pixel(place["x"] + place["width"] / 2, place["y"] + place["height"] / 2)
+            value = seen.left[segment, token, bank] / seen.left.max()
+            expected = 255 * np.array(colormaps["cividis"](float(value))[:3])
+            assert np.abs(np.array(pixel[:3]) - expected).max() < 12, (segment, bank, token)
+
+
+def test_next_block_stops_where_one_is_complete(open_sheet, address):
+    figure = open_sheet(address).figure("levels")
+    figure.press("Home", "n")
+    assert figure.time == 5
+    figure.press("n")
+    assert figure.time == 11
+    figure.press("ArrowUp", *["ArrowUp"] * 8, "ArrowDown")
+    assert "0 blocks are complete" in figure.readout and "its own block is 1 full" in figure.readout
+
+
 def test_click_moves_the_cursor(open_sheet, address):
     figure = open_sheet(address).figure("slots")
     place = figure.place(0, 21)
@@ -170,9 +248,11 @@ def test_pin_compares_two_tokens(open_sheet, address, views):
 def test_views_of_one_stream_are_linked(open_sheet, address):
     sheet = open_sheet(address)
     gates, slots, reading, run = (sheet.figure(k) for k in ("strips", "slots", "reading", "training"))
+    ladder = sheet.figure("levels")
     where = run.time
     gates.press("Home", "PageDown", "PageDown", "ArrowRight")
     assert (gates.time, slots.time, reading.time, run.time) == (33, 2, 33, where)
+    assert ladder.time == 33, "the same stream, seen by another model"
     slots.press("End")
     assert (gates.time, reading.time) == (48, 48)
 

@@ -16,10 +16,11 @@ from memlib.memory.internal import gated_write
 from memlib.models import MemoryTransformer
 
 
-def stirred(**changes) -> MemoryTransformer:
-    small = {"model.num_layers": 2, "memory.internal.num_slots": 16} | changes
+def stirred(preset="recall_internal", **changes) -> MemoryTransformer:
+    memory = preset.removeprefix("recall_")
+    small = {"model.num_layers": 2, f"memory.{memory}.num_slots": 16} | changes
     torch.manual_seed(0)
-    model = MemoryTransformer(override(load_config("recall_internal"), small)).eval()
+    model = MemoryTransformer(override(load_config(preset), small)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
@@ -43,22 +44,26 @@ def trace(model, ids):
     return trace
 
 
-def test_provenance_is_what_the_slots_hold(trace):
+@pytest.mark.parametrize("memory", ["internal", "ltm"])
+def test_provenance_is_what_the_slots_hold(memory, ids):
     """Write one-hot vectors, an axis a token: slots then hold each token's share, and a read shows it."""
+    model = stirred(f"recall_{memory}")
+    with record(model) as trace, torch.no_grad():
+        model(ids)
     row, length = 1, 16
-    strength = torch.from_numpy(write_strength(trace, row=row))
-    kept = torch.from_numpy(per_token(trace, "internal.writer.forget", row))
+    strength = torch.from_numpy(write_strength(trace, memory, row))
+    kept = torch.from_numpy(per_token(trace, f"{memory}.writer.forget", row))
     erase = strength * rearrange(1 - kept, "n -> n 1")
     n = len(strength)
     slots, rows = torch.zeros(1, strength.shape[1], n), []
     for segment in torch.arange(n).split(length):
-        rows.append(torch.from_numpy(read_weight(trace, row=row))[segment] @ slots[0])
+        rows.append(torch.from_numpy(read_weight(trace, memory, row))[segment] @ slots[0])
         slots = gated_write(slots, strength[None, segment], erase[None, segment], torch.eye(n)[None, segment])
     expected = torch.cat(rows).numpy()
-    said = provenance(trace, row=row)
+    said = provenance(trace, memory, row)
     np.testing.assert_allclose(said, expected, atol=1e-5)
     assert said[:length].max() == 0 and said[length:].max() > 0.01  # only earlier segments are read
-    wrong = provenance(trace, row=0)
+    wrong = provenance(trace, memory, row=0)
     assert np.abs(wrong - expected).max() > 1e-3
 
 

@@ -54,6 +54,30 @@ MUTANTS = {
         "mask, is_causal=mask is None",
         "mask, is_causal=False",
     ),
+    "what is written is drawn by lot": (
+        "04_long_term_memory",
+        "memory/ltm.py",
+        'self.explored(logit) if self.keep == "learned" else lottery(mask, segments)',
+        "lottery(mask, segments)",
+    ),
+    "banks never decay": (
+        "05_hierarchy",
+        "memory/hds.py",
+        "decay = -math.log(2) * pace",
+        "decay = 0 * pace",
+    ),
+    "a block is seen before it is complete": (
+        "05_hierarchy",
+        "memory/hds.py",
+        "done = total // self.chunk_size",
+        "done = (total + 1) // self.chunk_size",
+    ),
+    "a bank erases nothing where it writes": (
+        "04_long_term_memory",
+        "memory/ltm.py",
+        "return gated_write(slots, strength, strength, tokens.new)",
+        "return gated_write(slots, strength, 0 * strength, tokens.new)",
+    ),
 }
 
 

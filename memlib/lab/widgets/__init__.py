@@ -3,6 +3,7 @@
 gates_over_time    gate values over tokens; `strips` shows any numbers in 0 … 1 in the same shape
 fusion_over_time   whom each token listens to: attention, the memories, and the retrieval gate
 slots_over_time    every slot of a memory, segment by segment; `slot_view`: numbers of one's own
+levels_over_time   the levels of a hierarchy of states, and what is left in each of its banks
 inspect_slots      one slot: its writers, its readers, and the answers without it
 reading_over_text  which earlier tokens a token's reading came from; `reading`: any weights
 watch              a run as it trains; pause, step, stop
@@ -16,6 +17,7 @@ from memlib.lab.widgets.form import Form
 from memlib.lab.widgets.gates import fusion_over_time, gates_over_time
 from memlib.lab.widgets.host import Stage
 from memlib.lab.widgets.inspector import inspect_slots
+from memlib.lab.widgets.levels import levels_over_time
 from memlib.lab.widgets.page import page, save_page
 from memlib.lab.widgets.reading import reading, reading_over_text
 from memlib.lab.widgets.slots import slot_view, slots_over_time
@@ -31,6 +33,7 @@ __all__ = [
     "strips",
     "slots_over_time",
     "slot_view",
+    "levels_over_time",
     "inspect_slots",
     "reading",
     "reading_over_text",

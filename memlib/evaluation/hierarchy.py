@@ -1,0 +1,55 @@
+"""What the banks of a hierarchy of states hold: each alone, and all of them in a stream that does not end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from memlib.memory.hds import HdsMemory
+from memlib.models.transformer import MemoryTransformer
+from memlib.tasks import Task
+from memlib.tasks.scoring import correct
+
+
+@contextmanager
+def read_alone(memory: HdsMemory, bank: int) -> Iterator[None]:
+    """Let every token read level 3 from one bank only, while the block runs.
+
+    Raises IndexError for a bank that is not there.
+    """
+    gate = memory.banks.read_gate
+    kept = [p.detach().clone() for p in (gate.weight, gate.bias)]
+    if not 0 <= bank < len(gate.bias):
+        raise IndexError(f"bank {bank}: there are banks 0 to {len(gate.bias) - 1}")
+    try:
+        with torch.no_grad():
+            gate.weight.zero_()
+            gate.bias.fill_(-1e4)
+            gate.bias[bank] = 0.0
+        yield
+    finally:
+        with torch.no_grad():
+            gate.weight.copy_(kept[0])
+            gate.bias.copy_(kept[1])
+
+
+@torch.no_grad()
+def recall_in_stream(model: MemoryTransformer, task: Task, episodes: int, rows: int = 256) -> list[float]:
+    """Accuracy of each of some examples that follow one another in one stream, nothing forgotten between.
+
+    Each of the `rows` streams goes on with a new example, which has facts of its own: what earlier ones left
+    behind is in the way.
+    """
+    was_training, state, accuracy = model.training, None, []
+    model.eval()
+    device = next(model.parameters()).device
+    for episode in range(episodes):
+        batch = task.batch(rows, episode, 0, split="test").to(device)
+        output = model(batch.tokens, memory_state=state)
+        state = output.memory_state
+        right = correct(output.logits, batch.targets, batch.scored)
+        accuracy.append(right / int(batch.scored.sum()))
+    model.train(was_training)
+    return accuracy
