@@ -1,4 +1,4 @@
-"""The front door: `memlib train | eval | table | retrieval | config | doctor`."""
+"""The front door: `memlib train | eval | table | retrieval | stream | config | doctor`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ EPILOG = """examples:
   memlib table recall                                train, measure and print a whole table
   memlib retrieval --keys 1024 65536                 latency with recall of each index
   memlib retrieval runs/passkey_external/seed-0      a trained model's accuracy with each index
+  memlib stream recall_internal recall_ltm model.segment_length=128     a million tokens through each
   memlib config show recall_internal                 every field of a preset
 """
 
@@ -81,6 +82,19 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--index", nargs="+", help="which (default: all)")
     command.add_argument("--json", type=Path, help="also write the results here")
     command.set_defaults(run=retrieval)
+
+    command = commands.add_parser("stream", help="feed a long stream: do memory and speed stay flat?")
+    command.add_argument(
+        "words", nargs="+", metavar="CONFIG | path=value", help="YAML files or presets, and changes to all"
+    )
+    command.add_argument("--tokens", type=int, default=1_000_000, help="of each stream")
+    command.add_argument("--batch", type=int, default=1, help="streams at once")
+    command.add_argument("--segments", type=int, default=32, help="segments to a call")
+    command.add_argument(
+        "--store", action="append", default=[], metavar="INDEX", help="external memory also in a store"
+    )
+    command.add_argument("--json", type=Path, help="also write the results here")
+    command.set_defaults(run=stream)
 
     command = commands.add_parser("config", help="show, check or document configurations")
     what = command.add_subparsers(required=True, metavar="WHAT")
@@ -187,6 +201,37 @@ def retrieval(arguments: argparse.Namespace) -> int:
     if arguments.json:
         write_text(arguments.json, json.dumps(results, indent=1) + "\n")
     return 0
+
+
+def stream(arguments: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from memlib.evaluation import stream as measured
+    from memlib.evaluation.retrieval import named_index
+    from memlib.files import write_text
+    from memlib.training.comparison import markdown
+
+    names = [word for word in arguments.words if "=" not in word]
+    changes = [word for word in arguments.words if "=" in word]
+    searches = {name: named_index(name) for name in arguments.store}
+    results = []
+    for name in names:
+        config = read_config(name, changes)
+        stored = list(searches.items()) if "external" in config.memory.kinds else []
+        for search, index in [("", None), *stored]:
+            results.append(
+                measured.measure_stream(
+                    config, name, arguments.tokens, arguments.batch, arguments.segments, search, index
+                )
+            )
+            print(f"{name} {search}: {results[-1].cpu_seconds:.0f} CPU-s", file=sys.stderr)
+    print(markdown(*measured.stream_table(results)))
+    if arguments.json:
+        write_text(arguments.json, json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    complaints = [f"{r.name} {r.search}: {what}" for r in results for what in r.unsteady()]
+    print("\n".join(["", *complaints] if complaints else ["", "flat: memory, speed, and the copy's logits"]))
+    return 1 if complaints else 0
 
 
 def config_show(arguments: argparse.Namespace) -> int:

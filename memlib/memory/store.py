@@ -64,6 +64,11 @@ class Store:
         """Live rows of all streams."""
         return sum(int(stream.live.sum()) for stream in self.streams.values())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all streams' columns, in memory and in files."""
+        return sum(stream.nbytes for stream in self.streams.values())
+
     def forget(self, stream: int) -> None:
         """Drop all rows of a stream; cursors into it become unreadable."""
         kept = self.streams.get(stream)
@@ -124,7 +129,7 @@ class Store:
             stream.means.append(reduce(keys, "(r c) h k -> r h k", "mean", c=c))
 
     def evict(self, stream: Stream, added: int) -> None:
-        """Mark what exceeds the capacity as gone, never the rows just added; drop it once it is half."""
+        """Mark what exceeds the capacity as gone, never the rows just added; drop it at about half."""
         live = torch.nonzero(stream.live).flatten()
         excess = len(live) - (self.shape.capacity or len(live))
         if excess <= 0:
@@ -134,7 +139,7 @@ class Store:
             old = old[torch.argsort(stream.retrieved.newest[old], stable=True)]
         stream.gone.newest[torch.cat((old, live[len(old) :]))[:excess]] = stream.length
         stream.evicted += excess
-        if len(stream.serial) > 2 * (len(live) - excess):
+        if len(stream.serial) + added > 2 * (len(live) - excess):  # the next rows find room in the buffers
             self.drop_gone(stream)
 
     def drop_gone(self, stream: Stream) -> None:
@@ -142,9 +147,14 @@ class Store:
         c = self.shape.chunk
         live = F.pad(stream.live, (0, -len(stream.live) % c))
         kept = repeat(reduce(live, "(r c) -> r", "any", c=c), "r -> (r c)", c=c)[: len(stream.live)]
-        fresh = self.copied(stream, torch.nonzero(kept).flatten())
-        for name in vars(fresh):
-            setattr(stream, name, getattr(fresh, name))
+        places = torch.nonzero(kept).flatten()
+        for column in (stream.keys, stream.values, *stream.tables):
+            column.keep(places)
+        if c > 1:
+            chunks = places[::c] // c
+            stream.means.keep(chunks[chunks < len(stream.means)])
+        stream.indexes, stream.parts = [], []
+        stream.evicted = int((~stream.live).sum())
         stream.forgotten = stream.length
 
     def fork(self, stream: Stream, cursor: int) -> tuple[int, Stream]:

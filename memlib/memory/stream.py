@@ -30,6 +30,11 @@ class Column:
     def __len__(self) -> int:
         return sum(len(part) for part in self.mapped) + self.filled
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows in files and of the buffer, with what of it is still free."""
+        return sum(part.nbytes for part in (*self.mapped, self.buffer))
+
     def map(self, rows: Sequence[Tensor]) -> None:
         """Begin an empty column with rows that live in files and stay there, read-only."""
         self.mapped = list(rows)
@@ -48,6 +53,12 @@ class Column:
             self.buffer = wider
         self.buffer[self.filled : needed] = rows
         self.filled = needed
+
+    def keep(self, places: Tensor) -> None:
+        """Drop all other rows, where they lie: the buffer neither grows nor moves."""
+        rows = self.rows(0, len(self))[places]
+        self.mapped, self.filled = [], 0
+        self.append(rows)
 
     def pieces(self) -> Iterator[Tensor]:
         """All rows in order, in as many tensors as they lie in."""
@@ -127,6 +138,17 @@ class Stream:
         if cursor == self.length and not self.evicted:
             return None
         return (self.serial.newest < cursor) & (self.gone.newest > cursor)
+
+    @property
+    def tables(self) -> tuple[Column, ...]:
+        """The columns with a row for each token, keys and values aside."""
+        return self.serial, self.gone, self.retrieved, self.encoder
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all columns; indexes, which FAISS keeps, come on top."""
+        means = () if self.means is self.keys else (self.means,)
+        return sum(column.nbytes for column in (self.keys, self.values, *means, *self.tables))
 
     @property
     def live(self) -> Tensor:
