@@ -13,7 +13,8 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class StreamResult:
 
     speed: tokens per second of processor time; plain: those of the same model without memory, fed a
     little in turns with it, because a busy machine slows both; held: the most that its state and stores
-    had after a call; tensors: all tensors of the process at the tenth's end, so that nothing hides;
+    had after a call; tensors: all that were made on the way and are alive at the tenth's end, so that nothing hides;
     resident: the process. resumed: whether the copy that was read back half-way gave bitwise the same
     logits for a tenth of the stream. search: how stores search, empty without stores. tokens: of each of
     `batch` streams; window, call: in tokens.
@@ -73,7 +74,7 @@ class StreamResult:
             f"{what} grew from {sizes[0]:,} to {max(sizes):,} bytes"
             for what, sizes in (
                 ("what it holds", self.held[1:] if self.search else self.held),
-                ("all tensors together", self.tensors[1:]),
+                ("all tensors alive", self.tensors[1:]),
             )
             if max(sizes) > sizes[0]
         ]
@@ -149,15 +150,16 @@ def measure_stream(
         stores = attach_stores(model, index=index)
     run, plain = Run(model, stores, model.init_state(batch)), new_model(without_memory(config))
     tenths, tensors, resident = [], [], []
-    for tenth in range(TENTHS):
-        numbers = range(calls * tenth // TENTHS, calls * (tenth + 1) // TENTHS)
-        ids = (token_ids(config, batch, call, number) for number in numbers)
-        copy = run.reread(index) if tenth == TENTHS // 2 else None
-        tenths.append(measure_calls(run, plain, copy, ids))
-        del copy
-        gc.collect()
-        tensors.append(tensor_bytes())
-        resident.append(resident_bytes())
+    with only_new_objects():
+        for tenth in range(TENTHS):
+            numbers = range(calls * tenth // TENTHS, calls * (tenth + 1) // TENTHS)
+            ids = (token_ids(config, batch, call, number) for number in numbers)
+            copy = run.reread(index) if tenth == TENTHS // 2 else None
+            tenths.append(measure_calls(run, plain, copy, ids))
+            del copy
+            gc.collect()
+            tensors.append(tensor_bytes())
+            resident.append(resident_bytes())
     return StreamResult(
         name=name,
         search=search,
@@ -224,8 +226,19 @@ def token_ids(config: Config, batch: int, length: int, number: int) -> Tensor:
     return torch.randint(config.model.vocab_size, (batch, length), generator=generator)
 
 
+@contextmanager
+def only_new_objects() -> Iterator[None]:
+    """Set all objects there are aside: the collector looks at new ones only, and is quick."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def tensor_bytes() -> int:
-    """Bytes of the tensors that are alive in this process, shared memory counted once."""
+    """Bytes of the tensors that are alive and not set aside, shared memory counted once."""
     tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
     return sum(sizes.values())

@@ -91,8 +91,8 @@ class Counting(InternalMemory):
 @pytest.mark.parametrize(
     ("mutant", "said"),
     [
-        (Growing, ["what it holds grew from", "all tensors together grew from"]),
-        (Hoarding, ["all tensors together grew from"]),
+        (Growing, ["what it holds grew from", "all tensors alive grew from"]),
+        (Hoarding, ["all tensors alive grew from"]),
         (Counting, ["the copy that was read back half-way gave other logits"]),
     ],
 )
