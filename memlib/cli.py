@@ -184,8 +184,8 @@ def retrieval(arguments: argparse.Namespace) -> int:
     from memlib.training.trainer import load_run
 
     names = arguments.index or list(measured.INDEXES)
-    if unknown := set(names) - set(measured.INDEXES):
-        raise ValueError(f"--index {sorted(unknown)[0]!r}: known: {', '.join(measured.INDEXES)}")
+    for name in names:
+        measured.named_index(name)
     if arguments.folder is None:
         measure = [measured.measure_index(n, keys, arguments.dim) for keys in arguments.keys for n in names]
         print(markdown(*measured.index_table(measure)))

@@ -40,10 +40,10 @@ class StreamResult:
 
     speed: tokens per second of processor time; plain: those of the same model without memory, fed a
     little in turns with it, because a busy machine slows both; held: the most that its state and stores
-    had after a call; tensors: all that were made on the way and are alive at the tenth's end, so that nothing hides;
-    resident: the process. resumed: whether the copy that was read back half-way gave bitwise the same
-    logits for a tenth of the stream. search: how stores search, empty without stores. tokens: of each of
-    `batch` streams; window, call: in tokens.
+    had after a call; tensors: all that were made on the way and live at the tenth's end, so that nothing
+    hides; resident: the process. resumed: whether the copy that was read back half-way gave bitwise the
+    same logits for a tenth of the stream. search: how stores search, empty without stores. tokens: of
+    each of `batch` streams; window, call: in tokens.
     """
 
     name: str
