@@ -1,4 +1,4 @@
-"""The front door: `memlib train | eval | table | retrieval | stream | config | doctor`."""
+"""The front door: `memlib train | eval | table | retrieval | stream | capacity | config | doctor`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ EPILOG = """examples:
   memlib retrieval --keys 1024 65536                 latency with recall of each index
   memlib retrieval runs/passkey_external/seed-0      a trained model's accuracy with each index
   memlib stream recall_internal recall_ltm model.segment_length=128     a million tokens through each
+  memlib capacity                                    what each memory can hold, beside the documents' figures
   memlib config show recall_internal                 every field of a preset
 """
 
@@ -95,6 +96,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", type=Path, help="also write the results here")
     command.set_defaults(run=stream)
+
+    command = commands.add_parser("capacity", help="what each memory can hold, as Markdown")
+    command.add_argument("--out", type=Path)
+    command.set_defaults(run=capacity)
 
     command = commands.add_parser("config", help="show, check or document configurations")
     what = command.add_subparsers(required=True, metavar="WHAT")
@@ -234,6 +239,12 @@ def stream(arguments: argparse.Namespace) -> int:
     return 1 if complaints else 0
 
 
+def capacity(arguments: argparse.Namespace) -> int:
+    from memlib.evaluation.capacity import page
+
+    return write_page(page(), arguments.out)
+
+
 def config_show(arguments: argparse.Namespace) -> int:
     import yaml
 
@@ -272,9 +283,15 @@ def config_docs(arguments: argparse.Namespace) -> int:
             cells = (f"`{path}`", kind, f"`{default}`", doc)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     text = "\n".join(lines) + "\n"
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text, encoding="utf-8")
+    return write_page(text, arguments.out)
+
+
+def write_page(text: str, out: Path | None) -> int:
+    """Write a page of the docs, or print it."""
+    from memlib.files import write_text
+
+    if out:
+        write_text(out, text)
     else:
         print(text, end="")
     return 0
