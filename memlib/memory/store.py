@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memlib.config import IndexConfig
-from memlib.memory.index import BLOCK, SearchIndex
+from memlib.memory.index import LEAST, SearchIndex
 from memlib.memory.search import chunk_places, exact_search
 from memlib.memory.stream import NEVER, Column, Shape, Stream
 
@@ -202,13 +202,14 @@ class Store:
             nothing = stream.keys.buffer
             empty = (nothing.new_zeros(h, n, j, d) for d in (self.shape.key_dim, self.shape.value_dim))
             return Hits(place, *empty)
-        flat = rearrange(place.clamp(min=0), "h n j -> h (n j)")
+        there = place if bool((place >= 0).all()) else place.clamp(min=0)
+        flat = rearrange(there, "h n j -> h (n j)")
         keys, values = (
             rearrange(column.take(flat), "h (n j) k -> h n j k", n=n)
             for column in (stream.keys, stream.values)
         )
-        serial = torch.where(place < 0, -1, stream.serial.newest[place.clamp(min=0)])
-        return Hits(serial, keys, values)
+        serial = stream.serials(there)
+        return Hits(serial if there is place else serial.masked_fill_(place < 0, -1), keys, values)
 
     def nearest(self, stream: Stream, cursor: int, query: Tensor, top_k: int) -> Tensor:
         """Places among the searched rows (chunks) of the nearest ones, -1 for none: [h n j]."""
@@ -216,7 +217,7 @@ class Store:
         seen = stream.visible(cursor)
         if c > 1 and seen is not None:
             seen = reduce(seen[: rows * c], "(r c) -> r", "all", c=c)
-        if rows < max(self.index.exact_below, BLOCK):
+        if rows < max(self.index.exact_below, LEAST):
             return self.nearest_exactly(stream, seen, query, top_k)
         return self.nearest_by_index(stream, seen, query, top_k)
 
@@ -235,12 +236,13 @@ class Store:
         """The nearest of what an index for each head proposes and of the rows it does not cover yet."""
         if not stream.indexes:
             stream.indexes = [SearchIndex(self.index, self.shape.key_dim) for _ in range(self.shape.heads)]
-        proposed = []
+        h, n, _ = query.shape
+        score, place = torch.empty(h, n, top_k), torch.empty(h, n, top_k, dtype=torch.int64)
         for head, index in enumerate(stream.indexes):
             index.cover(len(stream.means), partial(head_rows, stream.means, head))
             mask = None if seen is None else seen[: index.size].numpy()
-            proposed.append(index.search(query[head].float().numpy(), top_k, mask))
-        score, place = (torch.from_numpy(np.stack(part)) for part in zip(*proposed, strict=True))
+            found = index.search(query[head].float().numpy(), top_k, mask)
+            score[head], place[head] = (torch.from_numpy(part) for part in found)
         if self.index.kind == "ivfpq":  # its scores are of compressed keys
             score = self.true_scores(stream, query, place)
         score = score.to(query.dtype).masked_fill_(place < 0, -torch.inf)

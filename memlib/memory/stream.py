@@ -82,7 +82,7 @@ class Column:
         found, first = None, 0
         for piece in self.pieces():
             inside = (place - first).clamp_(0, len(piece) - 1) if self.mapped else place
-            lines = rearrange(inside * len(place) + heads, "h x -> (h x)")
+            lines = rearrange(inside * len(place) + heads if len(place) > 1 else inside, "h x -> (h x)")
             part = rearrange(piece, "r h k -> (r h) k").index_select(0, lines)
             part = rearrange(part, "(h x) k -> h x k", h=len(place))
             if found is None:
@@ -132,6 +132,12 @@ class Stream:
     evicted: int = 0
     indexes: list[SearchIndex] = field(default_factory=list)
     parts: list[dict[str, Any]] = field(default_factory=list)
+
+    def serials(self, place: Tensor) -> Tensor:
+        """Which tokens of the stream stand at places; a sum, not a look-up, where none is missing."""
+        serial = self.serial.newest
+        first, last = int(serial[0]), int(serial[-1])
+        return place + first if last - first + 1 == len(serial) else serial[place]
 
     def visible(self, cursor: int) -> Tensor | None:
         """Which rows a reader at this cursor sees: [r], or None for all."""
