@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from memlib.config import Config, IndexConfig, override
+from memlib.config import Config, IndexConfig
 from memlib.memory.index import library
 from memlib.models import MemoryTransformer
 from memlib.models.stores import Stores, attach_stores, save_stores
@@ -30,7 +30,7 @@ from memlib.training.checkpoint import load_checkpoint, save_checkpoint
 
 TENTHS = 10
 SLOWEST = 0.9  # the last tenth's speed over the second's (spec C8)
-PLAIN = 8  # segments of each call that the plain model is fed
+FRESH = 8  # segments of each call that the model without a past is fed
 RESIDENT = 16 * 2**20  # bytes that Python and the allocator take and give back without a leak
 
 
@@ -38,12 +38,12 @@ RESIDENT = 16 * 2**20  # bytes that Python and the allocator take and give back 
 class StreamResult:
     """How fast a model was and what it held, by tenth of the stream; sizes in bytes.
 
-    speed: tokens per second of processor time; plain: those of the same model without memory, fed a
-    little in turns with it, because a busy machine slows both; held: the most that its state and stores
-    had after a call; tensors: all that were made on the way and live at the tenth's end, so that nothing
-    hides; resident: the process. resumed: whether the copy that was read back half-way gave bitwise the
-    same logits for a tenth of the stream. search: how stores search, empty without stores. tokens: of
-    each of `batch` streams; window, call: in tokens.
+    speed: tokens per second of processor time; fresh: those of an equal model without a past, fed the
+    first segments of each call in turns with it, because a busy machine slows both; held: the most that
+    its state and stores had after a call; tensors: all that were made on the way and live at the tenth's
+    end, so that nothing hides; resident: the process. resumed: whether the copy that was read back
+    half-way gave bitwise the same logits for a tenth of the stream. search: how stores search, empty
+    without stores. tokens: of each of `batch` streams; window, call: in tokens.
     """
 
     name: str
@@ -54,7 +54,7 @@ class StreamResult:
     call: int
     cpu_seconds: float
     speed: list[float]
-    plain: list[float]
+    fresh: list[float]
     held: list[int]
     tensors: list[int]
     resident: list[int]
@@ -62,8 +62,8 @@ class StreamResult:
 
     @property
     def ratio(self) -> float:
-        """The last tenth's speed over the second's (in the first, things warm up), each over `plain`."""
-        return self.speed[-1] / self.plain[-1] / (self.speed[1] / self.plain[1])
+        """The last tenth's speed over the second's (in the first, things warm up), each over `fresh`."""
+        return self.speed[-1] / self.fresh[-1] / (self.speed[1] / self.fresh[1])
 
     def unsteady(self) -> list[str]:
         """All that did not stay as it was: empty if memory and speed are flat.
@@ -81,7 +81,7 @@ class StreamResult:
         if (grown := self.resident[-1] - self.resident[1]) > RESIDENT:
             found.append(f"the process grew by {grown:,} bytes (at most {RESIDENT:,})")
         if self.ratio < SLOWEST:
-            speed = f"{self.ratio:.2f} of the second's speed, both over the plain model's"
+            speed = f"{self.ratio:.2f} of the second's speed, both over the fresh one's"
             found.append(f"the last tenth ran at {speed} (least {SLOWEST})")
         if not self.resumed:
             found.append("the copy that was read back half-way gave other logits")
@@ -148,14 +148,14 @@ def measure_stream(
     if search:
         library().omp_set_num_threads(config.training.num_threads)
         stores = attach_stores(model, index=index)
-    run, plain = Run(model, stores, model.init_state(batch)), new_model(without_memory(config))
+    run, fresh = Run(model, stores, model.init_state(batch)), new_model(config)
     tenths, tensors, resident = [], [], []
     with only_new_objects():
         for tenth in range(TENTHS):
             numbers = range(calls * tenth // TENTHS, calls * (tenth + 1) // TENTHS)
             ids = (token_ids(config, batch, call, number) for number in numbers)
             copy = run.reread(index) if tenth == TENTHS // 2 else None
-            tenths.append(measure_calls(run, plain, copy, ids))
+            tenths.append(measure_calls(run, fresh, copy, ids))
             del copy
             gc.collect()
             tensors.append(tensor_bytes())
@@ -169,7 +169,7 @@ def measure_stream(
         call=call,
         cpu_seconds=round(sum(tenth.seconds for tenth in tenths), 1),
         speed=[round(tenth.tokens / tenth.seconds, 1) for tenth in tenths],
-        plain=[round(tenth.plain_tokens / tenth.plain_seconds, 1) for tenth in tenths],
+        fresh=[round(tenth.fresh_tokens / tenth.fresh_seconds, 1) for tenth in tenths],
         held=[tenth.held for tenth in tenths],
         tensors=tensors,
         resident=resident,
@@ -179,38 +179,33 @@ def measure_stream(
 
 @dataclass
 class Measured:
-    """Some calls: tokens and processor seconds, with and without memory; see `StreamResult`."""
+    """Some calls: tokens and processor seconds, with the past and without; see `StreamResult`."""
 
     tokens: int = 0
     seconds: float = 0.0
-    plain_tokens: int = 0
-    plain_seconds: float = 0.0
+    fresh_tokens: int = 0
+    fresh_seconds: float = 0.0
     held: int = 0
     same: bool = True
 
 
-def measure_calls(run: Run, plain: MemoryTransformer, copy: Run | None, calls: Iterable[Tensor]) -> Measured:
-    """Feed the calls, each [b t], to the run, and to the copy; in turns a part of each to the plain model."""
+def measure_calls(run: Run, fresh: MemoryTransformer, copy: Run | None, calls: Iterable[Tensor]) -> Measured:
+    """Feed the calls, each [b t], to the run, and to the copy; in turns a part of each to the fresh one."""
     total = Measured()
-    part = PLAIN * plain.config.model.segment_length
+    part = FRESH * fresh.config.model.segment_length
     for ids in calls:
         before = time.process_time()
         logits = run.feed(ids)
         after = time.process_time()
         with torch.no_grad():
-            plain(ids[:, :part])
-        total.plain_seconds += time.process_time() - after
+            fresh(ids[:, :part])
+        total.fresh_seconds += time.process_time() - after
         total.seconds += after - before
         total.tokens += ids.numel()
-        total.plain_tokens += ids[:, :part].numel()
+        total.fresh_tokens += ids[:, :part].numel()
         total.held = max(total.held, run.held)
         total.same &= copy is None or torch.equal(copy.feed(ids), logits)
     return total
-
-
-def without_memory(config: Config) -> Config:
-    """The same transformer, reading its window only."""
-    return override(config, {"memory.vanilla_mode": True})
 
 
 def new_model(config: Config, seed: int = 0) -> MemoryTransformer:
@@ -254,7 +249,7 @@ def resident_bytes() -> int:
 
 def stream_table(results: Sequence[StreamResult]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a table: speed of two tenths, what is held after the first and at the end."""
-    head = ["model", "tokens", "window", "CPU-s", "tokens/s, 2nd tenth", "last tenth", "ratio", "over plain"]
+    head = ["model", "tokens", "window", "CPU-s", "tokens/s, 2nd tenth", "last tenth", "ratio", "over fresh"]
     head += ["held, 1st tenth", "2nd", "last", "process grew by", "resumed"]
     rows = [
         [

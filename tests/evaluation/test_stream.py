@@ -35,7 +35,7 @@ def small(*kinds: str) -> Config:
 
 def stays(result: StreamResult) -> list[str]:
     """What is wrong with a result but its speed, which no test asks for."""
-    return replace(result, speed=result.plain).unsteady()
+    return replace(result, speed=result.fresh).unsteady()
 
 
 def test_every_memory_is_measured():
@@ -128,7 +128,7 @@ def test_a_copy_that_lost_a_row_is_reported(monkeypatch):
     assert not result.resumed
 
 
-def test_speed_is_judged_against_the_plain_model():
+def test_speed_is_judged_against_a_model_without_a_past():
     """Half as fast is not flat, unless the machine itself was half as fast."""
     steady = [100.0] * 10
     slower = [100.0] * 9 + [50.0]
@@ -137,7 +137,7 @@ def test_speed_is_judged_against_the_plain_model():
     assert said.startswith("the last tenth ran at 0.50 of the second's speed") and said.endswith(
         "(least 0.9)"
     )
-    assert replace(result, plain=slower).unsteady() == []
+    assert replace(result, fresh=slower).unsteady() == []
     leaking = replace(result, speed=steady, resident=[0, 0, *[2**25] * 8])
     assert leaking.unsteady() == ["the process grew by 33,554,432 bytes (at most 16,777,216)"]
 
