@@ -64,8 +64,9 @@ types: $(ENV) ## Check the types
 doctor: ## Say what this machine and its environment can do
 	@PYTHONSAFEPATH=1 $(ANY_PYTHON) memlib/doctor.py
 
-docs: $(ENV) ## Write docs/config.md from the configuration's own documentation
+docs: $(ENV) ## Write docs/config.md and docs/capacity.md from the package itself
 	$(BIN)/python -m memlib.cli config docs --out docs/config.md
+	$(BIN)/python -m memlib.cli capacity --out docs/capacity.md
 
 docs-check: $(ENV) ## Fail if docs/config.md is out of date
 	$(BIN)/python -m memlib.cli config docs --out .venv/config.md

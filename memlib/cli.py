@@ -1,4 +1,4 @@
-"""The front door: `memlib train | eval | generate | table | retrieval | config | doctor`."""
+"""The front door: `memlib COMMAND`; each command is a function here that prints what the package measured."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ EPILOG = """examples:
   memlib table recall                                train, measure and print a whole table
   memlib retrieval --keys 1024 65536                 latency with recall of each index
   memlib retrieval runs/passkey_external/seed-0      a trained model's accuracy with each index
+  memlib stream recall_internal recall_ltm model.segment_length=128     a million tokens through each
+  memlib capacity                                    what each memory can hold, beside the documents' figures
   memlib config show recall_internal                 every field of a preset
   memlib config diff recall_internal my.yaml         what differs, by path
 """
@@ -108,6 +110,22 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--examples", type=int, default=128)
     command.add_argument("--json", type=Path, help="also write the results here")
     command.set_defaults(run=hybrid)
+    command = commands.add_parser("stream", help="feed a long stream: do memory and speed stay flat?")
+    command.add_argument(
+        "words", nargs="+", metavar="CONFIG | path=value", help="YAML files or presets, and changes to all"
+    )
+    command.add_argument("--tokens", type=int, default=1_000_000, help="of each stream")
+    command.add_argument("--batch", type=int, default=1, help="streams at once")
+    command.add_argument("--segments", type=int, default=32, help="segments to a call")
+    command.add_argument(
+        "--store", action="append", default=[], metavar="INDEX", help="external memory also in a store"
+    )
+    command.add_argument("--json", type=Path, help="also write the results here")
+    command.set_defaults(run=stream)
+
+    command = commands.add_parser("capacity", help="what each memory can hold, as Markdown")
+    command.add_argument("--out", type=Path)
+    command.set_defaults(run=capacity)
 
     command = commands.add_parser("config", help="show, check or document configurations")
     what = command.add_subparsers(required=True, metavar="WHAT")
@@ -242,8 +260,8 @@ def retrieval(arguments: argparse.Namespace) -> int:
     from memlib.training.trainer import load_run
 
     names = arguments.index or list(measured.INDEXES)
-    if unknown := set(names) - set(measured.INDEXES):
-        raise ValueError(f"--index {sorted(unknown)[0]!r}: known: {', '.join(measured.INDEXES)}")
+    for name in names:
+        measured.named_index(name)
     if arguments.folder is None:
         measure = [measured.measure_index(n, keys, arguments.dim) for keys in arguments.keys for n in names]
         print(markdown(*measured.index_table(measure)))
@@ -287,6 +305,43 @@ def hybrid(arguments: argparse.Namespace) -> int:
 def seed_folders(runs: list[Path]) -> list[Path]:
     """Each run's seeds, or the run itself where it has none."""
     return [seed for run in runs for seed in (sorted(run.glob("seed-*")) or [run])]
+
+
+def stream(arguments: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from memlib.evaluation import stream as measured
+    from memlib.evaluation.retrieval import named_index
+    from memlib.files import write_text
+    from memlib.training.comparison import markdown
+
+    names = [word for word in arguments.words if "=" not in word]
+    changes = [word for word in arguments.words if "=" in word]
+    searches = {name: named_index(name) for name in arguments.store}
+    results = []
+    for name in names:
+        config = read_config(name, changes)
+        stored = list(searches.items()) if "external" in config.memory.kinds else []
+        for search, index in [("", None), *stored]:
+            results.append(
+                measured.measure_stream(
+                    config, name, arguments.tokens, arguments.batch, arguments.segments, search, index
+                )
+            )
+            print(f"{name} {search}: {results[-1].cpu_seconds:.0f} CPU-s", file=sys.stderr)
+    print(markdown(*measured.stream_table(results)))
+    if arguments.json:
+        write_text(arguments.json, json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    complaints = [f"{r.name} {r.search}: {what}" for r in results for what in r.unsteady()]
+    print("\n".join(["", *complaints] if complaints else ["", "flat: memory, speed, and the copy's logits"]))
+    return 1 if complaints else 0
+
+
+def capacity(arguments: argparse.Namespace) -> int:
+    from memlib.evaluation.capacity import page
+
+    return write_page(page(), arguments.out)
 
 
 def config_show(arguments: argparse.Namespace) -> int:
@@ -334,9 +389,15 @@ def config_docs(arguments: argparse.Namespace) -> int:
             cells = (f"`{path}`", kind, f"`{default}`", doc)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     text = "\n".join(lines) + "\n"
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text, encoding="utf-8")
+    return write_page(text, arguments.out)
+
+
+def write_page(text: str, out: Path | None) -> int:
+    """Write a page of the docs, or print it."""
+    from memlib.files import write_text
+
+    if out:
+        write_text(out, text)
     else:
         print(text, end="")
     return 0

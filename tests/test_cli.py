@@ -247,4 +247,19 @@ def test_retrieval_prints_latency_with_recall(tmp_path, capsys):
     found = json.loads((tmp_path / "r.json").read_text())
     assert [r["index"] for r in found] == ["torch", "hnsw"] and found[0]["recall"] == 1
     assert main([*words[:-1], "tree"]) == 2
-    assert "--index 'tree': known: torch, flat" in capsys.readouterr().err
+    assert "index 'tree': known: torch, flat" in capsys.readouterr().err
+
+
+def test_stream_says_what_is_not_flat(tmp_path, capsys):
+    words = ["stream", "recall_baseline", "recall_external", "model.segment_length=64", "--store", "torch"]
+    size = ["--tokens", "3000", "--segments", "2", "--json", str(tmp_path / "r.json")]
+    status = main([*words, *size])
+    said = capsys.readouterr().out
+    assert "| recall_external, torch | 3,072 | 64 |" in said and "| recall_baseline | 3,072 | 64 |" in said
+    assert ("flat: memory, speed" in said) == (status == 0)
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [r["search"] for r in found] == ["", "", "torch"] and all(r["resumed"] for r in found)
+    assert main([*words, "--tokens", "3000"]) == 2
+    assert "feed at least" in capsys.readouterr().err
+    assert main([*words[:4], "--store", "tree"]) == 2
+    assert "index 'tree': known: torch, flat" in capsys.readouterr().err

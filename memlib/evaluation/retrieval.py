@@ -40,6 +40,13 @@ INDEXES = {
 }
 
 
+def named_index(name: str) -> IndexConfig:
+    """One of `INDEXES`; ValueError for another name."""
+    if name not in INDEXES:
+        raise ValueError(f"index {name!r}: known: {', '.join(INDEXES)}")
+    return INDEXES[name]
+
+
 @dataclass(frozen=True)
 class IndexResult:
     """One index over some keys.

@@ -17,7 +17,8 @@ import numpy as np
 
 from memlib.config import IndexConfig
 
-BLOCK = 256  # vectors are added in whole blocks; what is newer is searched exactly by the store
+BLOCK = 64  # vectors are added in whole blocks; what is newer is searched exactly by the store
+LEAST = 256  # vectors that an index begins with and is first trained on
 
 
 class SearchIndex:
@@ -35,13 +36,13 @@ class SearchIndex:
     def cover(self, total: int, rows: Callable[[int, int], np.ndarray]) -> None:
         """Take in the whole blocks of `total` vectors; rows(start, stop) gives some: [m k] float32.
 
-        An index that is trained (IVF) is trained on the first 2^i blocks, as many as there are, and
-        anew when i has grown: lists that fitted a thousand vectors serve a million badly.
+        An index that is trained (IVF) is trained on the first LEAST * 2^i vectors, as many as there are,
+        and anew when i has grown: lists that fitted a thousand vectors serve a million badly.
         """
         end = total // BLOCK * BLOCK
-        if end <= self.size:
+        if end < LEAST or end <= self.size:
             return
-        wanted = BLOCK << (end // BLOCK).bit_length() - 1
+        wanted = LEAST << (end // LEAST).bit_length() - 1
         if self.faiss is None or (self.config.kind in ("ivf", "ivfpq") and self.trained_on != wanted):
             self.faiss, self.trained_on = make_index(self.config, self.dim, wanted), wanted
             self.faiss.train(rows(0, wanted))

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memlib.config import IndexConfig
-from memlib.memory.index import BLOCK, SearchIndex
+from memlib.memory.index import LEAST, SearchIndex
 from memlib.memory.search import chunk_places, exact_search
 from memlib.memory.stream import NEVER, Column, Shape, Stream
 
@@ -63,6 +63,11 @@ class Store:
     def __len__(self) -> int:
         """Live rows of all streams."""
         return sum(int(stream.live.sum()) for stream in self.streams.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all streams' columns, in memory and in files."""
+        return sum(stream.nbytes for stream in self.streams.values())
 
     def forget(self, stream: int) -> None:
         """Drop all rows of a stream; cursors into it become unreadable."""
@@ -124,7 +129,7 @@ class Store:
             stream.means.append(reduce(keys, "(r c) h k -> r h k", "mean", c=c))
 
     def evict(self, stream: Stream, added: int) -> None:
-        """Mark what exceeds the capacity as gone, never the rows just added; drop it once it is half."""
+        """Mark what exceeds the capacity as gone, never the rows just added; drop it at about half."""
         live = torch.nonzero(stream.live).flatten()
         excess = len(live) - (self.shape.capacity or len(live))
         if excess <= 0:
@@ -134,7 +139,7 @@ class Store:
             old = old[torch.argsort(stream.retrieved.newest[old], stable=True)]
         stream.gone.newest[torch.cat((old, live[len(old) :]))[:excess]] = stream.length
         stream.evicted += excess
-        if len(stream.serial) > 2 * (len(live) - excess):
+        if len(stream.serial) + added > 2 * (len(live) - excess):  # the next rows find room in the buffers
             self.drop_gone(stream)
 
     def drop_gone(self, stream: Stream) -> None:
@@ -142,9 +147,14 @@ class Store:
         c = self.shape.chunk
         live = F.pad(stream.live, (0, -len(stream.live) % c))
         kept = repeat(reduce(live, "(r c) -> r", "any", c=c), "r -> (r c)", c=c)[: len(stream.live)]
-        fresh = self.copied(stream, torch.nonzero(kept).flatten())
-        for name in vars(fresh):
-            setattr(stream, name, getattr(fresh, name))
+        places = torch.nonzero(kept).flatten()
+        for column in (stream.keys, stream.values, *stream.tables):
+            column.keep(places)
+        if c > 1:
+            chunks = places[::c] // c
+            stream.means.keep(chunks[chunks < len(stream.means)])
+        stream.indexes, stream.parts = [], []
+        stream.evicted = int((~stream.live).sum())
         stream.forgotten = stream.length
 
     def fork(self, stream: Stream, cursor: int) -> tuple[int, Stream]:
@@ -192,13 +202,14 @@ class Store:
             nothing = stream.keys.buffer
             empty = (nothing.new_zeros(h, n, j, d) for d in (self.shape.key_dim, self.shape.value_dim))
             return Hits(place, *empty)
-        flat = rearrange(place.clamp(min=0), "h n j -> h (n j)")
+        there = place if bool((place >= 0).all()) else place.clamp(min=0)
+        flat = rearrange(there, "h n j -> h (n j)")
         keys, values = (
             rearrange(column.take(flat), "h (n j) k -> h n j k", n=n)
             for column in (stream.keys, stream.values)
         )
-        serial = torch.where(place < 0, -1, stream.serial.newest[place.clamp(min=0)])
-        return Hits(serial, keys, values)
+        serial = stream.serials(there)
+        return Hits(serial if there is place else serial.masked_fill_(place < 0, -1), keys, values)
 
     def nearest(self, stream: Stream, cursor: int, query: Tensor, top_k: int) -> Tensor:
         """Places among the searched rows (chunks) of the nearest ones, -1 for none: [h n j]."""
@@ -206,7 +217,7 @@ class Store:
         seen = stream.visible(cursor)
         if c > 1 and seen is not None:
             seen = reduce(seen[: rows * c], "(r c) -> r", "all", c=c)
-        if rows < max(self.index.exact_below, BLOCK):
+        if rows < max(self.index.exact_below, LEAST):
             return self.nearest_exactly(stream, seen, query, top_k)
         return self.nearest_by_index(stream, seen, query, top_k)
 
@@ -225,12 +236,13 @@ class Store:
         """The nearest of what an index for each head proposes and of the rows it does not cover yet."""
         if not stream.indexes:
             stream.indexes = [SearchIndex(self.index, self.shape.key_dim) for _ in range(self.shape.heads)]
-        proposed = []
+        h, n, _ = query.shape
+        score, place = torch.empty(h, n, top_k), torch.empty(h, n, top_k, dtype=torch.int64)
         for head, index in enumerate(stream.indexes):
             index.cover(len(stream.means), partial(head_rows, stream.means, head))
             mask = None if seen is None else seen[: index.size].numpy()
-            proposed.append(index.search(query[head].float().numpy(), top_k, mask))
-        score, place = (torch.from_numpy(np.stack(part)) for part in zip(*proposed, strict=True))
+            found = index.search(query[head].float().numpy(), top_k, mask)
+            score[head], place[head] = (torch.from_numpy(part) for part in found)
         if self.index.kind == "ivfpq":  # its scores are of compressed keys
             score = self.true_scores(stream, query, place)
         score = score.to(query.dtype).masked_fill_(place < 0, -torch.inf)

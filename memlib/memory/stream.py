@@ -30,6 +30,11 @@ class Column:
     def __len__(self) -> int:
         return sum(len(part) for part in self.mapped) + self.filled
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows in files and of the buffer, with what of it is still free."""
+        return sum(part.nbytes for part in (*self.mapped, self.buffer))
+
     def map(self, rows: Sequence[Tensor]) -> None:
         """Begin an empty column with rows that live in files and stay there, read-only."""
         self.mapped = list(rows)
@@ -48,6 +53,12 @@ class Column:
             self.buffer = wider
         self.buffer[self.filled : needed] = rows
         self.filled = needed
+
+    def keep(self, places: Tensor) -> None:
+        """Drop all other rows, where they lie: the buffer neither grows nor moves."""
+        rows = self.rows(0, len(self))[places]
+        self.mapped, self.filled = [], 0
+        self.append(rows)
 
     def pieces(self) -> Iterator[Tensor]:
         """All rows in order, in as many tensors as they lie in."""
@@ -71,7 +82,7 @@ class Column:
         found, first = None, 0
         for piece in self.pieces():
             inside = (place - first).clamp_(0, len(piece) - 1) if self.mapped else place
-            lines = rearrange(inside * len(place) + heads, "h x -> (h x)")
+            lines = rearrange(inside * len(place) + heads if len(place) > 1 else inside, "h x -> (h x)")
             part = rearrange(piece, "r h k -> (r h) k").index_select(0, lines)
             part = rearrange(part, "(h x) k -> h x k", h=len(place))
             if found is None:
@@ -122,11 +133,28 @@ class Stream:
     indexes: list[SearchIndex] = field(default_factory=list)
     parts: list[dict[str, Any]] = field(default_factory=list)
 
+    def serials(self, place: Tensor) -> Tensor:
+        """Which tokens of the stream stand at places; a sum, not a look-up, where none is missing."""
+        serial = self.serial.newest
+        first, last = int(serial[0]), int(serial[-1])
+        return place + first if last - first + 1 == len(serial) else serial[place]
+
     def visible(self, cursor: int) -> Tensor | None:
         """Which rows a reader at this cursor sees: [r], or None for all."""
         if cursor == self.length and not self.evicted:
             return None
         return (self.serial.newest < cursor) & (self.gone.newest > cursor)
+
+    @property
+    def tables(self) -> tuple[Column, ...]:
+        """The columns with a row for each token, keys and values aside."""
+        return self.serial, self.gone, self.retrieved, self.encoder
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all columns; indexes, which FAISS keeps, come on top."""
+        means = () if self.means is self.keys else (self.means,)
+        return sum(column.nbytes for column in (self.keys, self.values, *means, *self.tables))
 
     @property
     def live(self) -> Tensor:

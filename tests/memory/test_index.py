@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memlib.config import IndexConfig
-from memlib.memory.index import BLOCK, SearchIndex, pq_parts
+from memlib.memory.index import LEAST, SearchIndex, pq_parts
 from memlib.memory.search import exact_search
 
 KINDS = ("flat", "ivf", "ivfpq", "hnsw")
@@ -52,7 +52,7 @@ def test_chunks_come_back_whole_by_their_mean_score_when_all_their_tokens_are_th
 
 
 def test_the_flat_index_is_exact():
-    stored, query = vectors(3 * BLOCK), vectors(40, seed=1)
+    stored, query = vectors(3 * LEAST), vectors(40, seed=1)
     want = np.argsort(-(query @ stored.T), axis=1)[:, :10]
     score, place = built("flat", stored).search(query, 10)
     np.testing.assert_array_equal(place, want)
@@ -61,7 +61,7 @@ def test_the_flat_index_is_exact():
 
 @pytest.mark.parametrize(("kind", "least"), [("ivf", 0.9), ("ivfpq", 0.3), ("hnsw", 0.95)])
 def test_approximate_indexes_find_most_of_the_true_neighbours(kind, least):
-    stored, query = vectors(4 * BLOCK), vectors(50, seed=1)
+    stored, query = vectors(4 * LEAST), vectors(50, seed=1)
     want, got = (built(k, stored).search(query, 10)[1] for k in ("flat", kind))
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(want, got, strict=True)])
     assert recall >= least
@@ -69,16 +69,19 @@ def test_approximate_indexes_find_most_of_the_true_neighbours(kind, least):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_index_is_a_function_of_its_vectors_however_they_came(kind):
-    stored = vectors(4 * BLOCK + 5)
-    at_once, in_steps = built(kind, stored), built(kind, stored, [10, BLOCK + 3, 2 * BLOCK, len(stored)])
-    assert at_once.size == in_steps.size == 4 * BLOCK
+    stored = vectors(4 * LEAST + 5)
+    at_once, in_steps = (
+        built(kind, stored),
+        built(kind, stored, [10, LEAST + 3, LEAST + 70, 2 * LEAST, len(stored)]),
+    )
+    assert at_once.size == in_steps.size == 4 * LEAST
     np.testing.assert_array_equal(at_once.to_bytes(), in_steps.to_bytes())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_bring_an_index_back(kind):
-    stored, query = vectors(3 * BLOCK), vectors(9, seed=1)
-    index = built(kind, stored[: 2 * BLOCK])
+    stored, query = vectors(3 * LEAST), vectors(9, seed=1)
+    index = built(kind, stored[: 2 * LEAST])
     copy = SearchIndex(index.config, 16)
     copy.from_bytes(index.to_bytes(), index.trained_on)
     for one in (index, copy):
@@ -89,10 +92,10 @@ def test_bytes_bring_an_index_back(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("hidden", ["a_few", "a_prefix", "all_but_two", "all"])
 def test_only_visible_places_come_back(kind, hidden):
-    stored = vectors(BLOCK)
-    visible = np.ones(BLOCK, dtype=bool)
-    places = {"a_few": [3, 50, 200], "a_prefix": range(100), "all_but_two": range(2, BLOCK)}
-    visible[list(places.get(hidden, range(BLOCK)))] = False
+    stored = vectors(LEAST)
+    visible = np.ones(LEAST, dtype=bool)
+    places = {"a_few": [3, 50, 200], "a_prefix": range(100), "all_but_two": range(2, LEAST)}
+    visible[list(places.get(hidden, range(LEAST)))] = False
     _, found = built(kind, stored).search(stored[:20], 5, visible)
     assert visible[found[found >= 0]].all()
     if hidden == "all":

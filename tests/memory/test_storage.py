@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import memlib.files
 from memlib.config import IndexConfig
-from memlib.memory.index import BLOCK
+from memlib.memory.index import LEAST
 from memlib.memory.storage import open_store, save_store
 from memlib.memory.store import Shape, Store, StoreError
 
@@ -118,12 +118,12 @@ def test_a_save_writes_only_what_is_new_and_leaves_no_litter(tmp_path):
 
 @pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
 def test_an_index_comes_back_as_it_was(tmp_path, kind):
-    store, query = sample(rows=(2 * BLOCK + 9,), kind=kind, exact_below=0), items(6, seed=3)
-    want = store.search(0, 2 * BLOCK + 9, query, 5)
+    store, query = sample(rows=(2 * LEAST + 9,), kind=kind, exact_below=0), items(6, seed=3)
+    want = store.search(0, 2 * LEAST + 9, query, 5)
     save_store(store, tmp_path / "store")
     opened = open_store(tmp_path / "store")
     assert bool(opened.streams[0].indexes) == (kind != "flat")  # a flat one is built in no time
-    for mine, theirs in zip(want, opened.search(0, 2 * BLOCK + 9, query, 5), strict=True):
+    for mine, theirs in zip(want, opened.search(0, 2 * LEAST + 9, query, 5), strict=True):
         assert torch.equal(mine, theirs)
     other = open_store(tmp_path / "store", IndexConfig(kind="flat", exact_below=0))
     assert not other.streams[0].indexes and other.index.kind == "flat"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from memlib.config import IndexConfig
-from memlib.memory.index import BLOCK
+from memlib.memory.index import LEAST
 from memlib.memory.search import TIE
 from memlib.memory.stale import stale_keys
 from memlib.memory.store import Shape, Store, StoreError
@@ -46,7 +46,7 @@ def naive(keys, values, query, top_k):
 
 
 @pytest.mark.parametrize("exact_below", [0, 10**9], ids=["faiss", "torch"])
-@pytest.mark.parametrize("rows", [3, 40, BLOCK + 70])
+@pytest.mark.parametrize("rows", [3, 40, LEAST + 70])
 def test_search_is_the_naive_search(rows, exact_below):
     """FAISS's flat index over whole blocks with the newest rows compared beside it, or torch alone."""
     made, keys, values = filled(rows, exact_below=exact_below)
@@ -62,9 +62,9 @@ def test_search_is_the_naive_search(rows, exact_below):
 
 @pytest.mark.parametrize("kind", ["flat", "ivf", "ivfpq", "hnsw"])
 def test_every_index_finds_a_key_that_was_stored(kind):
-    made, keys, _ = filled(2 * BLOCK + 5, kind=kind, exact_below=0)
-    asked = [0, 300, 2 * BLOCK - 1, 2 * BLOCK + 4]
-    found = made.search(0, 2 * BLOCK + 5, keys[:, asked], 4)
+    made, keys, _ = filled(2 * LEAST + 5, kind=kind, exact_below=0)
+    asked = [0, 300, 2 * LEAST - 1, 2 * LEAST + 4]
+    found = made.search(0, 2 * LEAST + 5, keys[:, asked], 4)
     assert torch.equal(found.serial[..., 0], torch.tensor([asked] * H))
 
 
@@ -106,13 +106,13 @@ def test_writing_behind_an_older_cursor_goes_on_in_a_copy():
 
 @pytest.mark.parametrize("exact_below", [0, 10**9], ids=["faiss", "torch"])
 def test_the_oldest_make_room(exact_below):
-    made, keys, values = filled(3 * BLOCK, capacity=BLOCK + 100, exact_below=exact_below)
-    assert len(made) == BLOCK + 100
-    found = made.search(0, 3 * BLOCK, items(20, seed=2), 50)
-    assert int(found.serial.min()) >= 2 * BLOCK - 100
-    newest = keys[:, -BLOCK:]
+    made, keys, values = filled(3 * LEAST, capacity=LEAST + 100, exact_below=exact_below)
+    assert len(made) == LEAST + 100
+    found = made.search(0, 3 * LEAST, items(20, seed=2), 50)
+    assert int(found.serial.min()) >= 2 * LEAST - 100
+    newest = keys[:, -LEAST:]
     assert torch.equal(
-        made.search(0, 3 * BLOCK, newest, 1).serial[..., 0], torch.arange(2 * BLOCK, 3 * BLOCK).expand(H, -1)
+        made.search(0, 3 * LEAST, newest, 1).serial[..., 0], torch.arange(2 * LEAST, 3 * LEAST).expand(H, -1)
     )
 
 
@@ -148,10 +148,10 @@ def test_a_forgotten_stream_holds_nothing_and_cannot_be_read_further_back():
 
 @pytest.mark.parametrize("exact_below", [0, 10**9], ids=["faiss", "torch"])
 def test_chunks_are_found_by_their_mean_key_and_come_back_whole(exact_below):
-    made, keys, values = filled(4 * BLOCK + 6, chunk=4, exact_below=exact_below)
-    chunks = keys[:, : 4 * BLOCK + 4].unflatten(1, (-1, 4))
+    made, keys, values = filled(4 * LEAST + 6, chunk=4, exact_below=exact_below)
+    chunks = keys[:, : 4 * LEAST + 4].unflatten(1, (-1, 4))
     query = items(5, seed=2)
-    found = made.search(0, 4 * BLOCK + 6, query, 8)
+    found = made.search(0, 4 * LEAST + 6, query, 8)
     best = torch.einsum("hnk,hrk->hnr", query, chunks.mean(2)).topk(2, -1).indices
     want = (best[..., None] * 4 + torch.arange(4)).flatten(-2)
     assert torch.equal(found.serial, want)
