@@ -16,6 +16,7 @@ import torch
 from memlib.config import Config, override
 from memlib.memory import MEMORIES
 from memlib.memory.base import State
+from memlib.memory.chapters import ChapterState
 from memlib.memory.hds import HdsState
 from memlib.memory.ring import RingState
 from memlib.memory.shelves import ExternalState
@@ -83,6 +84,10 @@ def parts_of(state: State, config: Any) -> list[Part]:
     if isinstance(state, RingState):
         stores = {"ring": state.ring.items, "store": state.store.items}
         return [Part(name, items.slots.shape[1], items.slots.shape[2]) for name, items in stores.items()]
+    if isinstance(state, ChapterState):  # what it knows is learned; a stream only says where it is
+        summary, recent = state.summary, state.recent
+        parts = [Part("last segment, mean", 1, summary.shape[1], None)]
+        return parts + [Part("recent tokens", *recent.shape[1:])] * bool(recent.shape[1])
     if isinstance(state, ExternalState):
         h, c, k = state.keys.shape[1:]
         return [Part("pairs", c, 2 * h * k)]

@@ -22,6 +22,7 @@ SIZES = {
     "hds": {"num_memories": 2, "num_slots": 8, "mem_dim": 8, "address_dim": 4, "num_blocks": 4},
     "ring": {"short_slots": 32, "long_slots": 32, "slot_dim": 8},
     "external": {"capacity": 256, "top_k": 4},
+    "chapters": {"num_memory_tokens": 16, "num_chapters": 4, "tokens_per_chapter": 4, "top_k_chapters": 2},
 }
 
 
