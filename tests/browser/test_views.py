@@ -10,18 +10,39 @@ import torch
 
 from memlib import load_config, override, record
 from memlib.lab.ablation import Question, ablate
-from memlib.lab.widgets import gates_over_time, inspect_slots, reading_over_text, save_page, slots_over_time
+from memlib.lab.widgets import (
+    gates_over_time,
+    hits_view,
+    inspect_slots,
+    reading_over_text,
+    save_page,
+    slots_over_time,
+)
 from memlib.lab.widgets.inspector import busiest_slots, main_writer
 from memlib.lab.widgets.slots import slot_view
 from memlib.lab.widgets.training import training_view
 from memlib.models import MemoryTransformer
 
-KINDS = ["strips", "slots", "inspector", "reading", "training"]
+KINDS = ["strips", "slots", "inspector", "reading", "training", "hits"]
 STEPS, SLOTS = 64, 8 * 1024
 
 
 @pytest.fixture(scope="module")
-def views():
+def hits():
+    """A hybrid's memory in two layers, its retrieval gate shut for some tokens."""
+    torch.manual_seed(0)
+    gated = {"memory.external.retrieval_gate": "query", "memory.memory_layer_k": 2}
+    model = MemoryTransformer(override(load_config("recall_external"), gated)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    with record(model) as trace, torch.no_grad():
+        model(torch.randint(0, 64, (1, 64)))
+    return hits_view(trace, lambda t: f"w{t}", segment_length=16, marked=[50, 60])
+
+
+@pytest.fixture(scope="module")
+def views(hits):
     torch.manual_seed(0)
     model = MemoryTransformer(override(load_config("recall_internal"), {"memory.internal.num_slots": 32}))
     with torch.no_grad():
@@ -41,13 +62,14 @@ def views():
         "inspector": inspect_slots(trace, ablation, 50, lambda t: f"w{t}", segment_length=16),
         "reading": reading_over_text(trace, lambda t: f"w{t}", segment_length=16, marked=[50, 60]),
         "training": training_view(records, "finished", 0.06, True),
+        "hits": hits,
     }
 
 
 @pytest.fixture(scope="module")
 def address(views, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "views.html"
-    save_page(path, *views.values(), title="Five views")
+    save_page(path, *views.values(), title="Six views")
     return path.as_uri()
 
 
@@ -137,6 +159,33 @@ def test_inspector_says_what_the_ablation_found(open_sheet, address, views):
             goes = f"from {arrays['before'][q, answer]:.4f} to {arrays[name][5, q, answer]:.4f}"
             assert f"Without {choice}, w{answer} after token {token}" in figure.readout
             assert goes in figure.readout
+
+
+def test_hits_say_what_came_back(open_sheet, address, views):
+    """Word, place, score and weight of one hit in each head and layer, as the arrays have them."""
+    view, figure = views["hits"], open_sheet(address).figure("hits")
+    arrays, tokens = view.arrays, view.words["tokens"]
+    _, heads, _, hits = arrays["source"].shape
+    searched = np.flatnonzero(arrays["search"].all(0) & (np.arange(64) >= 16))
+    t = int(searched[searched < 60][-1])
+    figure.press("Home", *["ArrowRight"] * t)
+    for layer in (0, 1):
+        figure.locator.locator('select[data-choice="layer"]').select_option(f"layer {layer}")
+        figure.press(*["ArrowUp"] * heads * hits, "ArrowDown")
+        for head in range(heads):
+            u = arrays["source"][layer, head, t, 1]
+            score, weight = (arrays[name][layer, head, t, 1] for name in ("score", "weight"))
+            assert f"layer {layer}, head {head}, hit 2 of {hits}: " in figure.readout
+            assert f": token {u} “{tokens[u]}” after “{tokens[u - 1]}”" in figure.readout
+            assert f"segment {u // 16}, token {u % 16} of it" in figure.readout
+            assert f"score {score:.4f}, weight {weight:.4f}" in figure.readout
+            assert f"retrieval gate {arrays['gate'][layer, t]:.4f}" in figure.readout
+            figure.press("h")
+    figure.press("g")
+    assert figure.time == arrays["source"][1, 0, t, 1], "g goes to the hit itself"
+    quiet = int(np.flatnonzero(arrays["search"][1] == 0)[0])
+    figure.press("Home", *["ArrowRight"] * quiet)
+    assert "not searched for" in figure.readout
 
 
 def test_click_moves_the_cursor(open_sheet, address):
