@@ -39,7 +39,9 @@ def stale_keys(store: Store, sketch: Tensor) -> list[StaleKeys]:
     for encoder in sorted(rows):
         drift = None
         if encoder >= 0:
-            cosine = F.cosine_similarity(store.encoders[encoder], sketch.detach().float(), dim=-1)
-            drift = float((1 - cosine).mean())
+            old, new = store.encoders[encoder], sketch.detach().float()
+            cosine = F.cosine_similarity(old, new, dim=-1)
+            # A stream's first token may have a key of zeros, which has no direction to compare.
+            drift = float((1 - cosine).masked_fill((old == new).all(-1), 0).mean())
         report.append(StaleKeys(encoder, rows[encoder], drift))
     return report
