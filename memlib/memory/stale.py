@@ -42,6 +42,7 @@ def stale_keys(store: Store, sketch: Tensor) -> list[StaleKeys]:
             old, new = store.encoders[encoder], sketch.detach().float()
             cosine = F.cosine_similarity(old, new, dim=-1)
             # A stream's first token may have a key of zeros, which has no direction to compare.
-            drift = float((1 - cosine).masked_fill((old == new).all(-1), 0).mean())
+            there = (old != 0).any(-1) & (new != 0).any(-1)
+            drift = float(((1 - cosine) * there).sum() / there.sum().clamp(min=1))
         report.append(StaleKeys(encoder, rows[encoder], drift))
     return report

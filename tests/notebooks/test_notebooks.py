@@ -177,6 +177,18 @@ def test_every_notebook_has_exercises(notebook):
     assert len(exercises(notebook)) >= 2
 
 
+def test_a_stored_table_is_the_results_file():
+    """Notebook 06 shows passkey figures that it does not measure itself: they are those of the file."""
+    notebook = nbformat.read(ROOT / "notebooks" / "06_external_memory.ipynb", as_version=4)
+    (cell,) = (c for c in code_cells(notebook) if c.source.startswith("PASSKEY = "))
+    shown = ast.literal_eval(ast.parse(cell.source).body[0].value)
+    measured: dict[str, dict[int, list[float]]] = {}
+    for result in json.loads((ROOT / "docs/results/passkey.json").read_text(encoding="utf-8"))["results"]:
+        for segments, accuracy in result["accuracy"].items():
+            measured.setdefault(result["name"], {}).setdefault(int(segments), []).append(accuracy)
+    assert shown == measured
+
+
 def test_names_the_plain_kernel(path):
     """Stored metadata names the plain kernel, so that any environment can open the notebook."""
     metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"]

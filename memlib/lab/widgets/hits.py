@@ -37,6 +37,7 @@ def hits_view(
         arrays["gate"] = trace[f"{memory}.retrieval"].at(batch=row).values.astype(np.float32)
         arrays["search"] = trace[f"{memory}.search"].at(batch=row).values.astype(np.int32)
     _, heads, _, hits = arrays["source"].shape
+    pictured = min(hits, 3)
     strongest = reduce(arrays["weight"], "l h n j -> n", "max")
     start = int(marked[0]) if len(marked) else int(strongest.argmax())
 
@@ -45,19 +46,21 @@ def hits_view(
         return f"{place_of(u, segment_length)} “{tokens[u]}”" if u >= 0 else "nothing"
 
     def draw(axis: Any, time: int) -> None:
-        weight, score = (arrays[name][0, :, time].T for name in ("weight", "score"))
-        image = axis.imshow(weight, aspect="auto", cmap="cividis", vmin=0, vmax=1)
-        for rank in range(hits):
+        weight, score = (arrays[name][0, :, time, :pictured].T for name in ("weight", "score"))
+        axis.imshow(weight, aspect="auto", cmap="cividis", vmin=0, vmax=1)
+        for rank in range(pictured):
             for head in range(heads):
                 if arrays["source"][0, head, time, rank] < 0:
                     continue
                 ink = "black" if weight[rank, head] > 0.55 else "white"
-                text = f"{said(0, head, time, rank)}\nscore {score[rank, head]:.1f}, {weight[rank, head]:.2f}"
+                numbers = f"score {score[rank, head]:.1f}, weight {weight[rank, head]:.2f}"
+                text = f"{said(0, head, time, rank)}\n{numbers}"
                 axis.text(head, rank, text, ha="center", va="center", size=8, color=ink)
-        axis.set(xticks=range(heads), yticks=range(hits), yticklabels=range(1, hits + 1), ylabel="hit")
+        axis.set(
+            xticks=range(heads), yticks=range(pictured), yticklabels=range(1, pictured + 1), ylabel="hit"
+        )
         axis.set_xticklabels([f"head {head}" for head in range(heads)])
         axis.set_title(f"token {time} “{tokens[time]}”, layer {layers[0]}", size=9)
-        axis.figure.colorbar(image, ax=axis, label="weight")
 
     summary = f"What {memory} memory gave back to {len(tokens)} tokens, in {heads} heads."
     for t in list(marked)[:4] or [start]:
@@ -85,7 +88,7 @@ def hits_view(
         choices={"layer": [f"layer {layer}" for layer in layers]} if len(layers) > 1 else {},
         group=stream_group(trace, row),
         page=segment_length or 10,
-        size=(8, 0.8 + 0.42 * hits),
+        size=(8, 0.8 + 0.42 * pictured),
     )
 
 
