@@ -107,6 +107,26 @@ def retrieved(trace: Trace, memory: str = "external", row: int = 0, layer: int =
     return said
 
 
+def best_hits(trace: Trace, memory: str = "external", row: int = 0, most: int = 8) -> dict[str, np.ndarray]:
+    """The hits that counted most for each token, by layer and head: source, score, weight, [l h n j] each.
+
+    source: the past token that came back, -1 where nothing did (score and weight are then 0). Raises
+    TraceError where a hit is not of the token's past: the recording then began in the middle of a stream,
+    and says nothing about the words before it.
+    """
+    source = trace[f"{memory}.source"].at(batch=row).values.astype(np.int32)
+    score, weight = (trace[f"{memory}.{name}"].at(batch=row).values for name in ("score", "weight"))
+    if (source >= np.arange(source.shape[2]).reshape(-1, 1)).any():
+        raise TraceError(f"{memory}: tokens from before the recording came back; record from the start")
+    best = np.argsort(-weight, axis=-1, kind="stable")[..., :most]
+    source, score, weight = (np.take_along_axis(part, best, -1) for part in (source, score, weight))
+    return {
+        "source": source,
+        "score": np.where(source < 0, 0, score).astype(np.float32),
+        "weight": weight.astype(np.float32),
+    }
+
+
 def slot_life(trace: Trace, memory: str = "internal", row: int = 0, layer: int = 0) -> dict[str, np.ndarray]:
     """What happened to each slot in each segment, by name, each [t s].
 

@@ -39,7 +39,10 @@ def stale_keys(store: Store, sketch: Tensor) -> list[StaleKeys]:
     for encoder in sorted(rows):
         drift = None
         if encoder >= 0:
-            cosine = F.cosine_similarity(store.encoders[encoder], sketch.detach().float(), dim=-1)
-            drift = float((1 - cosine).mean())
+            old, new = store.encoders[encoder], sketch.detach().float()
+            cosine = F.cosine_similarity(old, new, dim=-1)
+            # A stream's first token may have a key of zeros, which has no direction to compare.
+            there = (old != 0).any(-1) & (new != 0).any(-1)
+            drift = float(((1 - cosine) * there).sum() / there.sum().clamp(min=1))
         report.append(StaleKeys(encoder, rows[encoder], drift))
     return report

@@ -13,6 +13,7 @@ from memlib.lab.ablation import Question, ablate
 from memlib.lab.levels import levels_of
 from memlib.lab.widgets import (
     gates_over_time,
+    hits_view,
     inspect_slots,
     levels_over_time,
     reading_over_text,
@@ -24,13 +25,27 @@ from memlib.lab.widgets.slots import slot_view
 from memlib.lab.widgets.training import training_view
 from memlib.models import MemoryTransformer
 
-KINDS = ["strips", "slots", "inspector", "reading", "training", "levels"]
+KINDS = ["strips", "slots", "inspector", "reading", "training", "levels", "hits"]
 STEPS, SLOTS = 64, 8 * 1024
 
 
 @pytest.fixture(scope="module")
 def ids():
     return torch.randint(0, 64, (1, 64), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def hits():
+    """A hybrid's memory in two layers, its retrieval gate shut for some tokens."""
+    torch.manual_seed(0)
+    gated = {"memory.external.retrieval_gate": "query", "memory.memory_layer_k": 2}
+    model = MemoryTransformer(override(load_config("recall_external"), gated)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    with record(model) as trace, torch.no_grad():
+        model(torch.randint(0, 64, (1, 64)))
+    return hits_view(trace, lambda t: f"w{t}", segment_length=16, marked=[50, 60])
 
 
 def stirred(preset, changes, ids):
@@ -53,7 +68,7 @@ def hierarchy(ids):
 
 
 @pytest.fixture(scope="module")
-def views(ids, hierarchy):
+def views(ids, hierarchy, hits):
     model, trace = stirred("recall_internal", {"memory.internal.num_slots": 32}, ids)
     questions = [Question(50, 3), Question(60, 5)]
     slots = busiest_slots(trace, most=12)
@@ -67,13 +82,14 @@ def views(ids, hierarchy):
         "reading": reading_over_text(trace, lambda t: f"w{t}", segment_length=16, marked=[50, 60]),
         "training": training_view(records, "finished", 0.06, True),
         "levels": levels_over_time(hierarchy, lambda t: f"w{t}"),
+        "hits": hits,
     }
 
 
 @pytest.fixture(scope="module")
 def address(views, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "views.html"
-    save_page(path, *views.values(), title="Six views")
+    save_page(path, *views.values(), title="Every view")
     return path.as_uri()
 
 
@@ -215,6 +231,33 @@ def test_next_block_stops_where_one_is_complete(open_sheet, address):
     assert figure.time == 11
     figure.press("ArrowUp", *["ArrowUp"] * 8, "ArrowDown")
     assert "0 blocks are complete" in figure.readout and "its own block is 1 full" in figure.readout
+
+
+def test_hits_say_what_came_back(open_sheet, address, views):
+    """Word, place, score and weight of one hit in each head and layer, as the arrays have them."""
+    view, figure = views["hits"], open_sheet(address).figure("hits")
+    arrays, tokens = view.arrays, view.words["tokens"]
+    _, heads, _, hits = arrays["source"].shape
+    searched = np.flatnonzero(arrays["search"].all(0) & (np.arange(64) >= 16))
+    t = int(searched[searched < 60][-1])
+    figure.press("Home", *["ArrowRight"] * t)
+    for layer in (0, 1):
+        figure.locator.locator('select[data-choice="layer"]').select_option(f"layer {layer}")
+        figure.press(*["ArrowUp"] * heads * hits, "ArrowDown")
+        for head in range(heads):
+            u = arrays["source"][layer, head, t, 1]
+            score, weight = (arrays[name][layer, head, t, 1] for name in ("score", "weight"))
+            assert f"layer {layer}, head {head}, hit 2 of {hits}: " in figure.readout
+            assert f": token {u} “{tokens[u]}” after “{tokens[u - 1]}”" in figure.readout
+            assert f"segment {u // 16}, token {u % 16} of it" in figure.readout
+            assert f"score {score:.4f}, weight {weight:.4f}" in figure.readout
+            assert f"retrieval gate {arrays['gate'][layer, t]:.4f}" in figure.readout
+            figure.press("h")
+    figure.press("g")
+    assert figure.time == arrays["source"][1, 0, t, 1], "g goes to the hit itself"
+    quiet = int(np.flatnonzero(arrays["search"][1] == 0)[0])
+    figure.press("Home", *["ArrowRight"] * quiet)
+    assert "not searched for" in figure.readout
 
 
 def test_click_moves_the_cursor(open_sheet, address):

@@ -9,9 +9,17 @@ from einops import rearrange
 
 from memlib import load_config, override, record
 from memlib.lab.ablation import Question, ablate, ask_without
-from memlib.lab.measures import per_token, provenance, read_weight, retrieved, slot_life, write_strength
+from memlib.lab.measures import (
+    best_hits,
+    per_token,
+    provenance,
+    read_weight,
+    retrieved,
+    slot_life,
+    write_strength,
+)
 from memlib.lab.trace import TraceError
-from memlib.lab.widgets import reading_over_text
+from memlib.lab.widgets import hits_view, reading_over_text
 from memlib.memory.internal import gated_write
 from memlib.models import MemoryTransformer
 
@@ -82,6 +90,53 @@ def test_retrieved_is_what_the_memory_gave_back(ids):
     assert all(not said[t, t // 16 * 16 :].any() for t in range(64))
     assert said[48].argmax() == 6, "asked with token 5, it gives back what followed it"
     assert reading_over_text(trace, memory="external").arrays["source"][48, 0] == 6
+
+
+def test_best_hits_are_the_memorys_own(ids):
+    """Of all that came back the highest scores, their weights a softmax over all; nothing at the start."""
+    torch.manual_seed(0)
+    model = MemoryTransformer(override(load_config("recall_external"), {"memory.memory_layer_k": 2})).eval()
+    with record(model) as trace, torch.no_grad():
+        model(ids)
+    hits = best_hits(trace, row=1, most=5)
+    assert {name: part.shape for name, part in hits.items()} == dict.fromkeys(hits, (2, 4, 64, 5))
+    source, score = (trace[f"external.{n}"].at(layer=1, batch=1).values[:, 60] for n in ("source", "score"))
+    for head in range(4):
+        order = np.argsort(-score[head], kind="stable")[:5]
+        np.testing.assert_array_equal(hits["source"][1, head, 60], source[head, order])
+        np.testing.assert_array_equal(hits["score"][1, head, 60], score[head, order])
+        share = np.exp(score[head] - score[head].max())
+        np.testing.assert_allclose(
+            hits["weight"][1, head, 60], (share / share.sum())[order], rtol=1e-4, atol=1e-7
+        )
+    assert (hits["source"][:, :, :16] == -1).all() and not hits["weight"][:, :, :16].any()
+    view = hits_view(trace, row=1, segment_length=16, marked=[60], most=5)
+    assert (view.times, view.items, view.time) == (64, 20, 60)
+    assert list(view.choices["layer"]) == ["layer 0", "layer 1"]
+    layer, head = divmod(int(hits["weight"][:, :, 60, 0].argmax()), 4)
+    u = hits["source"][layer, head, 60, 0]
+    assert f"Token 60 “{ids[1, 60]}”: {u // 16}:{u % 16} “{ids[1, u]}” (layer {layer}" in view.summary
+
+
+def test_hits_from_before_the_recording_are_refused(ids):
+    model = MemoryTransformer(load_config("recall_external")).eval()
+    with torch.no_grad():
+        state = model(ids[:, :48]).memory_state
+        with record(model) as trace:
+            model(ids[:, 48:], memory_state=state)
+    with pytest.raises(TraceError, match="record from the start"):
+        hits_view(trace)
+
+
+def test_a_token_that_was_not_searched_for_has_no_hits(ids):
+    """The hybrid's gate, pinned shut for everything: no hit, and the view still stands."""
+    gated = {"memory.external.retrieval_gate": "layer", "memory.external.retrieval_threshold": 1.0}
+    model = MemoryTransformer(override(load_config("recall_external"), gated)).eval()
+    with record(model) as trace, torch.no_grad():
+        model(ids)
+    view = hits_view(trace)
+    assert (view.arrays["source"] == -1).all() and not view.arrays["search"].any()
+    assert view.picture(40).alt == view.summary == "What external memory gave back to 64 tokens, in 4 heads."
 
 
 def test_read_weights_sum_to_one(trace):

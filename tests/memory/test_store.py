@@ -234,3 +234,17 @@ def test_stale_keys_are_counted_by_the_encoder_that_made_them():
     assert (unknown.rows, unknown.drift) == (2, None)
     assert first.rows == 5 and first.drift == pytest.approx(2.0)
     assert second.rows == 5 and second.drift == pytest.approx(0.0, abs=1e-6)
+
+
+def test_an_encoder_that_stayed_has_not_drifted_whatever_its_keys():
+    """A stream's first token is filed under the zeros before it; its key is zeros too and has no angle."""
+    sketch = items(3)
+    sketch[:, 0] = 0
+    made = store()
+    made.note_encoder(sketch)
+    made.append(made.new_stream(), 0, items(2), items(2, dim=V))
+    assert stale_keys(made, sketch)[0].drift == pytest.approx(0, abs=1e-6)
+    assert stale_keys(made, items(3))[0].drift == pytest.approx(0, abs=1e-6), (
+        "nor against a key that is there"
+    )
+    assert stale_keys(made, -items(3))[0].drift == pytest.approx(2)

@@ -48,6 +48,18 @@ MUTANTS = {
         "widget.observe(lambda _change: self.stage.show(self.view()),",
         "widget.observe(lambda change: self.stage.show(self.view() if change.new != 8 else None),",
     ),
+    "values filed one place off": (
+        "06_external_memory",
+        "memory/external.py",
+        'values=rearrange(self.v_proj(hidden), "b n (h k) -> b h n k", h=self.config.num_heads),',
+        'values=rearrange(self.v_proj(hidden.roll(1, 1)), "b n (h k) -> b h n k", h=self.config.num_heads),',
+    ),
+    "the joint softmax forgets the window": (
+        "06_external_memory",
+        "memory/external.py",
+        "torch.logsumexp(found.score, -1) + logit - logsumexp()",
+        "torch.logsumexp(found.score, -1) + logit",
+    ),
     "attention sees the future": (
         "01_baseline_transformer",
         "nn/attention.py",

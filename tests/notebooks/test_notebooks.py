@@ -94,7 +94,7 @@ def test_every_widget_is_driven(notebook):
     cells = code_cells(notebook)
     source = "\n".join(cell.source for cell in cells)
     kinds = "Form|watch|strips|gates_over_time|slots_over_time|inspect_slots|reading|reading_over_text"
-    kinds += "|levels_over_time"
+    kinds += "|fusion_over_time|levels_over_time|hits_view"
     shown = set(re.findall(rf"^(\w+) = (?:{kinds})\(", source, re.M))
     (driven,) = re.findall(r"moved = drive\(([^)]*)\)", cells[-2].source)
     assert shown and shown <= set(driven.split(", ")), shown
@@ -175,6 +175,18 @@ def test_solution_passes_and_wrong_answer_fails(path_, exercise, monkeypatch, tm
 
 def test_every_notebook_has_exercises(notebook):
     assert len(exercises(notebook)) >= 2
+
+
+def test_a_stored_table_is_the_results_file():
+    """Notebook 06 shows passkey figures that it does not measure itself: they are those of the file."""
+    notebook = nbformat.read(ROOT / "notebooks" / "06_external_memory.ipynb", as_version=4)
+    (cell,) = (c for c in code_cells(notebook) if c.source.startswith("PASSKEY = "))
+    shown = ast.literal_eval(ast.parse(cell.source).body[0].value)
+    measured: dict[str, dict[int, list[float]]] = {}
+    for result in json.loads((ROOT / "docs/results/passkey.json").read_text(encoding="utf-8"))["results"]:
+        for segments, accuracy in result["accuracy"].items():
+            measured.setdefault(result["name"], {}).setdefault(int(segments), []).append(accuracy)
+    assert shown == measured
 
 
 def test_names_the_plain_kernel(path):

@@ -6,6 +6,7 @@ slots_over_time    every slot of a memory, segment by segment; `slot_view`: numb
 levels_over_time   the levels of a hierarchy of states, and what is left in each of its banks
 inspect_slots      one slot: its writers, its readers, and the answers without it
 reading_over_text  which earlier tokens a token's reading came from; `reading`: any weights
+hits_view          for one token, what came back from past tokens: by head, with score and weight
 watch              a run as it trains; pause, step, stop
 Form               controls that build a view anew
 save_page          views as one HTML file
@@ -15,6 +16,7 @@ drive              moves every control to its ends and its middle: the test of a
 from memlib.lab.widgets.drive import drive
 from memlib.lab.widgets.form import Form
 from memlib.lab.widgets.gates import fusion_over_time, gates_over_time
+from memlib.lab.widgets.hits import hits_view
 from memlib.lab.widgets.host import Stage
 from memlib.lab.widgets.inspector import inspect_slots
 from memlib.lab.widgets.levels import levels_over_time
@@ -37,6 +39,7 @@ __all__ = [
     "inspect_slots",
     "reading",
     "reading_over_text",
+    "hits_view",
     "watch",
     "Form",
     "page",
