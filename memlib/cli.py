@@ -25,6 +25,7 @@ EPILOG = """examples:
   memlib generate runs/notes --prompt "def " --temperature 0.8 --stream
   memlib generate runs/notes --prompt "Ann: " --state ann.safetensors    memory goes on from call to call
   memlib table recall                                train, measure and print a whole table
+  memlib compress runs/topics_routed                 bytes against accuracy, by rank and bits
   memlib retrieval --keys 1024 65536                 latency with recall of each index
   memlib retrieval runs/passkey_external/seed-0      a trained model's accuracy with each index
   memlib config show recall_internal                 every field of a preset
@@ -81,13 +82,23 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("table", help="train and measure one of the README's tables")
     command.add_argument(
-        "name", choices=["recall", "rewrite", "passkey", "mixed", "compression", "slots", "prototype"]
+        "name",
+        choices=[
+            *("recall", "rewrite", "passkey", "mixed", "compression", "slots", "prototype", "topics"),
+            "collapse",
+        ],
     )
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     command.add_argument("--segments", type=int, nargs="+", help="default: the lengths of the stored table")
     command.add_argument("--out", type=Path, default=Path("runs"), help="finished runs in it are reused")
     command.add_argument("--json", type=Path, help="default: OUT/NAME.json")
     command.set_defaults(run=table)
+
+    command = commands.add_parser("compress", help="rank and bits of trained chapters against accuracy")
+    command.add_argument("runs", nargs="+", type=Path, help="folders of runs, or of their seeds")
+    command.add_argument("--examples", type=int, default=256, help="examples to measure on")
+    command.add_argument("--json", type=Path, help="also write the results here")
+    command.set_defaults(run=compress)
 
     command = commands.add_parser("retrieval", help="measure what searching costs, and what it finds")
     command.add_argument("folder", nargs="?", type=Path, help="a run with external memory: its accuracy")
@@ -150,9 +161,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from memlib.training.comparison import measure, to_markdown, write_json
     from memlib.training.trainer import load_run
 
-    folders = [seed for run in arguments.runs for seed in (sorted(run.glob("seed-*")) or [run])]
     results = []
-    for folder in folders:
+    for folder in seeds_of(arguments.runs):
         name = folder.parent.name if folder.name.startswith("seed-") else folder.name
         results.append(measure(load_run(folder), name, arguments.segments))
     print(to_markdown(results))
@@ -204,6 +214,7 @@ def generate(arguments: argparse.Namespace) -> int:
 def table(arguments: argparse.Namespace) -> int:
     from memlib.training.comparison import (
         LENGTHS,
+        PREPARED,
         compare,
         named_comparison,
         summary,
@@ -213,12 +224,38 @@ def table(arguments: argparse.Namespace) -> int:
 
     configs = named_comparison(arguments.name)
     segments = arguments.segments or LENGTHS.get(arguments.name, [4, 6, 32])
-    results = compare(configs, arguments.seeds, segments, arguments.out)
+    prepare = PREPARED.get(arguments.name)
+    results = compare(configs, arguments.seeds, segments, arguments.out, prepare=prepare)
     target = arguments.json or arguments.out / f"{arguments.name}.json"
     write_json(results, target)
     print(f"{to_markdown(results)}\n\n{summary(results)}")
     print(f"\nwritten to {target}")
     return 0
+
+
+def compress(arguments: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from memlib.evaluation.compressed import bytes_against_accuracy, compressed_table
+    from memlib.files import write_text
+    from memlib.training.comparison import markdown
+    from memlib.training.trainer import load_run
+
+    results = []
+    for folder in seeds_of(arguments.runs):
+        trainer = load_run(folder)
+        results.append(bytes_against_accuracy(trainer.model, trainer.task, examples=arguments.examples))
+    print(markdown(*compressed_table(results)))
+    if arguments.json:
+        runs = [[asdict(row) for row in rows] for rows in results]
+        write_text(arguments.json, json.dumps(runs, indent=1) + "\n")
+    return 0
+
+
+def seeds_of(runs: list[Path]) -> list[Path]:
+    """The folders of the runs themselves, where folders of their seeds are given."""
+    return [seed for run in runs for seed in (sorted(run.glob("seed-*")) or [run])]
 
 
 def retrieval(arguments: argparse.Namespace) -> int:

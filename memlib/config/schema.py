@@ -446,7 +446,7 @@ class TopicsConfig:
     num_keys: int = option(16, "distinct keys, asked in every topic", 1)
     num_values: int = option(16, "distinct values", 2)
     num_queries: int = option(4, "facts asked in a segment", 1)
-    change: float = option(0.0, "probability that a segment is about another topic than the one before", 0.0, 1.0)
+    change: float = option(0.0, "how often a segment is about another topic than the one before", 0.0, 1.0)
     facts_seed: int = option(0, "the facts of the corpus are drawn from it", 0)
 
 

@@ -94,6 +94,7 @@ def test_every_widget_is_driven(notebook):
     cells = code_cells(notebook)
     source = "\n".join(cell.source for cell in cells)
     kinds = "Form|watch|strips|gates_over_time|slots_over_time|inspect_slots|reading|reading_over_text"
+    kinds += "|chapters_over_time"
     shown = set(re.findall(rf"^(\w+) = (?:{kinds})\(", source, re.M))
     (driven,) = re.findall(r"moved = drive\(([^)]*)\)", cells[-2].source)
     assert shown and shown <= set(driven.split(", ")), shown

@@ -15,13 +15,21 @@ def said(task, batch):
         for i, token in enumerate(row):
             if token in names["query"]:
                 topic = (row[i // n * n] - names["word"].start) // task.config.num_words
-                key, value = row[i + 1] - names["key"].start, int(batch.targets[r, i + 1]) - names["value"].start
+                key, value = (
+                    row[i + 1] - names["key"].start,
+                    int(batch.targets[r, i + 1]) - names["value"].start,
+                )
                 yield r, i // n, topic, key, value, bool(batch.scored[r, i + 1])
 
 
 @settings(deadline=None, max_examples=30)
 @given(
-    st.integers(1, 6), st.integers(1, 3), st.integers(4, 9), st.integers(1, 4), st.integers(2, 4), st.integers(0, 99)
+    st.integers(1, 6),
+    st.integers(1, 3),
+    st.integers(4, 9),
+    st.integers(1, 4),
+    st.integers(2, 4),
+    st.integers(0, 99),
 )
 def test_a_stream_keeps_its_topic_and_its_facts(topics, words, keys, queries, segments, seed):
     config = TopicsConfig(
