@@ -14,7 +14,7 @@ from memlib.memory.quantization import QuantizedMemoryBank
 from memlib.models.transformer import MemoryTransformer
 from memlib.tasks import Task
 
-RANKS, BITS = (2, 4, 8, 16, None), (32, 8, 4)
+RANKS, BITS = (1, 2, 4, 8, 16, None), (32, 8, 4)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def low_rank(bank: MemoryBank, rank: int) -> FactorizedMemoryBank:
         raise ValueError(f"rank = {rank}: must be 1 … {min(tokens.shape)} for {tuple(tokens.shape)} numbers")
     u, s, v = torch.linalg.svd(tokens, full_matrices=False)
     root = s[:rank].sqrt()
-    kept = FactorizedMemoryBank(*tokens.shape, rank=rank).to(tokens)
+    kept = FactorizedMemoryBank(bank.num_tokens, bank.dim, rank).to(tokens)
     kept.left.weight.copy_(einsum(u[:, :rank], root, "m r, r -> m r"))
     kept.right.weight.copy_(einsum(v[:rank], root, "r d, r -> d r"))
     return kept
@@ -55,7 +55,7 @@ def compress(bank: MemoryBank, rank: int | None, bits: int, group_size: int = 64
 def whole(bank: MemoryBank) -> StandardMemoryBank:
     """The same tokens as plain rows."""
     tokens = bank()
-    kept = StandardMemoryBank(*tokens.shape).to(tokens)
+    kept = StandardMemoryBank(bank.num_tokens, bank.dim).to(tokens)
     kept.tokens.weight.data.copy_(tokens)
     return kept
 
@@ -73,7 +73,10 @@ def bytes_against_accuracy(
     bits: tuple[int, ...] = BITS,
     examples: int = 256,
 ) -> list[Compressed]:
-    """Every rank with every number of bits, for a model with one bank in chapters; it ends as it began."""
+    """Every rank with every number of bits, for a model with one bank; it ends as it began.
+
+    Rank None is the bank as it is. Odd ranks have no 4 bits.
+    """
     (memory,) = [m for m in model.modules() if isinstance(m, ChapterMemory)]
     trained = memory.bank
     tokens = trained.bank if isinstance(trained, ChapteredMemoryBank) else trained
@@ -81,6 +84,8 @@ def bytes_against_accuracy(
     try:
         for rank in ranks:
             for b in bits:
+                if b == 4 and rank is not None and rank % 2:
+                    continue  # an odd row cannot be packed two to a byte
                 kept = compress(tokens, rank, b)
                 memory.bank = kept
                 if isinstance(trained, ChapteredMemoryBank):

@@ -172,7 +172,7 @@ def named_comparison(name: str) -> dict[str, Config]:
 def to_markdown(results: Sequence[Result]) -> str:
     """A table with one row per run."""
     segments = list(results[0].accuracy)
-    said = list(max((r.chapters for r in results), key=len))
+    said = list(dict.fromkeys(name for r in results for name in r.chapters))
     rows = [
         [r.name, str(r.seed), f"{r.parameters:,}", str(r.steps), f"{r.cpu_seconds:.1f}", f"{r.chance:.4f}"]
         + [f"{r.accuracy[n]:.4f}" for n in segments]
