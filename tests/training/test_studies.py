@@ -49,3 +49,29 @@ def test_adaptive_slots_lose_nothing_while_there_are_enough():
         assert min(scores("slots", "ltm_adaptive_64", segments)) >= 0.999
     assert min(scores("slots", "ltm_adaptive_32", 4)) > max(scores("slots", "ltm_fixed_32", 4))
     assert max(scores("slots", "ltm_adaptive_32", 32)) < min(scores("slots", "ltm_fixed_32", 32))
+
+
+def chapters(study, name, measure):
+    return [r.chapters[measure] for r in read_json(RESULTS / f"{study}.json") if r.name == name]
+
+
+def test_routed_memory_keeps_the_gain_of_dense_memory_at_an_eighth_of_its_reading():
+    """On every seed, and with two chapters of eight; the gain is over the same model without memory."""
+    for name, part in (("topics_routed", 1 / 8), ("topics_routed_2", 1 / 4)):
+        runs = (scores("topics", n, 3) for n in ("topics_plain", "topics_dense", name))
+        for plain, dense, routed in zip(*runs, strict=True):
+            assert dense - plain > 0.02
+            assert routed - plain >= 0.95 * (dense - plain)
+        (whole,) = set(chapters("topics", "topics_dense", "tokens read"))
+        assert set(chapters("topics", name, "tokens read")) == {part * whole}
+
+
+def test_chapters_specialise_on_topics():
+    for name in ("topics_routed", "topics_routed_2"):
+        assert min(chapters("topics", name, "information")) >= 0.7
+        assert max(chapters("topics", name, "shuffled")) < 0.05
+
+
+def test_a_feed_forward_of_equal_size_is_better_here():
+    """Said in the documents; should it ever turn round, they must change."""
+    assert min(scores("topics", "topics_baseline", 3)) > max(scores("topics", "topics_routed", 3))
