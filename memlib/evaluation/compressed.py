@@ -19,7 +19,10 @@ RANKS, BITS = (1, 2, 4, 8, 16, None), (32, 8, 4)
 
 @dataclass(frozen=True)
 class Compressed:
-    """A bank kept at a rank (None: as it is) and with so many bits: its bytes, and the accuracy with it."""
+    """A bank kept at a rank (None: as it is) and with so many bits: its bytes, and the accuracy with it.
+
+    Rank 0 is a bank of zeros, in no bytes: the control.
+    """
 
     rank: int | None
     bits: int
@@ -73,7 +76,7 @@ def bytes_against_accuracy(
     bits: tuple[int, ...] = BITS,
     examples: int = 256,
 ) -> list[Compressed]:
-    """Every rank with every number of bits, for a model with one bank; it ends as it began.
+    """Nothing, then every rank with every number of bits, for a model with one bank; it ends as it began.
 
     Rank None is the bank as it is. Odd ranks have no 4 bits.
     """
@@ -81,17 +84,23 @@ def bytes_against_accuracy(
     trained = memory.bank
     tokens = trained.bank if isinstance(trained, ChapteredMemoryBank) else trained
     results = []
+
+    def read_from(bank: MemoryBank) -> float:
+        memory.bank = bank
+        if isinstance(trained, ChapteredMemoryBank):
+            memory.bank = ChapteredMemoryBank(bank, trained.num_chapters)
+        return round(evaluate(model, task, examples).accuracy, 4)
+
     try:
+        nothing = whole(tokens)
+        nothing.tokens.weight.data.zero_()
+        results.append(Compressed(0, 32, 0, read_from(nothing)))
         for rank in ranks:
             for b in bits:
                 if b == 4 and rank is not None and rank % 2:
                     continue  # an odd row cannot be packed two to a byte
                 kept = compress(tokens, rank, b)
-                memory.bank = kept
-                if isinstance(trained, ChapteredMemoryBank):
-                    memory.bank = ChapteredMemoryBank(kept, trained.num_chapters)
-                accuracy = evaluate(model, task, examples).accuracy
-                results.append(Compressed(rank, b, nbytes(kept), round(accuracy, 4)))
+                results.append(Compressed(rank, b, nbytes(kept), read_from(kept)))
     finally:
         memory.bank = trained
     return results

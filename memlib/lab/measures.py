@@ -123,7 +123,7 @@ def load_entropy(loads: np.ndarray) -> float:
     """-sum_c p_c log p_c / log c of loads [c]: 1 where all are used evenly, 0 where one has everything."""
     share = loads / loads.sum()
     some = share[share > 0]
-    return float(-(some * np.log(some)).sum() / np.log(len(loads))) if len(loads) > 1 else 1.0
+    return max(0.0, float(-(some * np.log(some)).sum() / np.log(len(loads)))) if len(loads) > 1 else 1.0
 
 
 def mutual_information(a: np.ndarray, b: np.ndarray) -> float:

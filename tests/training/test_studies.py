@@ -1,5 +1,6 @@
 """The stored studies are of configurations that exist, and hold what the documents say of them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,28 @@ def test_chapters_specialise_on_topics():
 def test_a_feed_forward_of_equal_size_is_better_here():
     """Said in the documents; should it ever turn round, they must change."""
     assert min(scores("topics", "topics_baseline", 3)) > max(scores("topics", "topics_routed", 3))
+
+
+def test_a_collapse_stays_without_the_balance_loss_and_is_cured_with_it():
+    """Both begin in one chapter of eight; accuracy is better on every seed as well."""
+    assert max(chapters("collapse", "topics_unbalanced", "in use")) <= 4
+    assert min(chapters("collapse", "topics_balanced", "in use")) >= 7
+    entropy = {n: chapters("collapse", n, "entropy") for n in ("topics_unbalanced", "topics_balanced")}
+    assert max(entropy["topics_unbalanced"]) < 0.4 and min(entropy["topics_balanced"]) > 0.9
+    pairs = (scores("collapse", name, 3) for name in ("topics_unbalanced", "topics_balanced"))
+    assert all(cured > collapsed for collapsed, cured in zip(*pairs, strict=True))
+
+
+def test_bytes_against_accuracy_break_between_rank_8_and_rank_4():
+    """In parts of what the bank is worth, on every seed: 4 bits keep it, rank 8 keeps it, rank 4 does not."""
+    runs = json.loads((RESULTS / "rank.json").read_text(encoding="utf-8"))
+    assert len(runs) >= 3
+    for rows in runs:
+        of = {(row["rank"], row["bits"]): row["accuracy"] for row in rows}
+        nothing, whole = of[0, 32], of[None, 32]
+        kept = {key: (accuracy - nothing) / (whole - nothing) for key, accuracy in of.items()}
+        assert whole - nothing > 0.2
+        assert min(kept[rank, 4] for rank in (8, 16, None)) >= 0.95
+        assert kept[4, 32] < 0.9 and kept[2, 32] < 0.7 and kept[1, 32] < 0.5
+        size = {(row["rank"], row["bits"]): row["nbytes"] for row in rows}
+        assert size[8, 4] * 14 <= size[None, 32]
