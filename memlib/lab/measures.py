@@ -117,25 +117,3 @@ def chapter_loads(trace: Trace, memory: str = "chapters", layer: int = 0) -> np.
     weight = trace[f"{memory}.weight"].at(layer=layer).values
     loads = reduce(weight, "b n c -> c", "sum")
     return loads / loads.sum()
-
-
-def load_entropy(loads: np.ndarray) -> float:
-    """-sum_c p_c log p_c / log c of loads [c]: 1 where all are used evenly, 0 where one has everything."""
-    share = loads / loads.sum()
-    some = share[share > 0]
-    return max(0.0, float(-(some * np.log(some)).sum() / np.log(len(loads)))) if len(loads) > 1 else 1.0
-
-
-def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
-    """I(a; b) / H(a) of two lists of whole numbers [e]: how much of a is known from b, 0 … 1.
-
-    Counts of a sample: also of independent lists it is above 0, by about (kinds of a - 1)
-    (kinds of b - 1) / (2 e H(a)); compare with a shuffled list. 0 where a never varies.
-    """
-    joint = np.zeros((int(a.max()) + 1, int(b.max()) + 1))
-    np.add.at(joint, (a, b), 1 / len(a))
-    apart = einsum(joint.sum(1), joint.sum(0), "i, j -> i j")
-    there = joint > 0
-    alone = joint.sum(1)[joint.sum(1) > 0]
-    entropy = -(alone * np.log(alone)).sum()
-    return float((joint[there] * np.log(joint[there] / apart[there])).sum() / entropy) if entropy > 0 else 0.0

@@ -5,7 +5,12 @@ import pytest
 import torch
 
 from memlib import MemoryTransformer, load_config, override
-from memlib.evaluation.chapters import chapter_use, topics_and_chapters
+from memlib.evaluation.chapters import (
+    chapter_use,
+    load_entropy,
+    mutual_information,
+    topics_and_chapters,
+)
 from memlib.tasks import make_task
 from memlib.training.comparison import lean
 
@@ -70,3 +75,20 @@ def test_models_without_chapters_say_what_they_read(preset, want):
 def test_two_of_eight_chapters_are_a_quarter():
     built, task = model(**{"memory.chapters.top_k_chapters": 2})
     assert chapter_use(built, task)["tokens read"] == 64
+
+
+def test_mutual_information_against_known_cases():
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 4, 4000)
+    assert mutual_information(a, (a + 1) % 4) == pytest.approx(1)
+    assert mutual_information(a, a // 2) == pytest.approx(0.5, abs=0.01)  # one bit of two
+    by_chance = (4 - 1) * (8 - 1) / (2 * 4000 * np.log(4))
+    assert mutual_information(a, rng.integers(0, 8, 4000)) < 3 * by_chance
+    assert mutual_information(np.zeros(9, int), np.arange(9)) == 0
+
+
+@pytest.mark.parametrize(
+    ("loads", "want"), [([1, 1, 1, 1], 1.0), ([2, 0, 0, 0], 0.0), ([3, 3, 0, 0], 0.5), ([5], 1.0)]
+)
+def test_load_entropy_against_known_cases(loads, want):
+    assert load_entropy(np.array(loads)) == pytest.approx(want)

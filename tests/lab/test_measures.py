@@ -10,8 +10,6 @@ from einops import rearrange
 from memlib import load_config, override, record
 from memlib.lab.ablation import Question, ablate, ask_without
 from memlib.lab.measures import (
-    load_entropy,
-    mutual_information,
     per_token,
     provenance,
     read_weight,
@@ -144,20 +142,3 @@ def test_companions_go_together(model, ids, trace):
 def test_no_questions_is_said(model, ids):
     with pytest.raises(ValueError, match="no questions"):
         ablate(model, ids[0], [], np.zeros(16, int), [0])
-
-
-def test_mutual_information_against_known_cases():
-    rng = np.random.default_rng(0)
-    a = rng.integers(0, 4, 4000)
-    assert mutual_information(a, (a + 1) % 4) == pytest.approx(1)
-    assert mutual_information(a, a // 2) == pytest.approx(0.5, abs=0.01)  # one bit of two
-    by_chance = (4 - 1) * (8 - 1) / (2 * 4000 * np.log(4))
-    assert mutual_information(a, rng.integers(0, 8, 4000)) < 3 * by_chance
-    assert mutual_information(np.zeros(9, int), np.arange(9)) == 0
-
-
-@pytest.mark.parametrize(
-    ("loads", "want"), [([1, 1, 1, 1], 1.0), ([2, 0, 0, 0], 0.0), ([3, 3, 0, 0], 0.5), ([5], 1.0)]
-)
-def test_load_entropy_against_known_cases(loads, want):
-    assert load_entropy(np.array(loads)) == pytest.approx(want)

@@ -42,6 +42,30 @@ MUTANTS = {
         "widget.observe(lambda _change: self.stage.show(self.view()),",
         "widget.observe(lambda change: self.stage.show(self.view() if change.new != 8 else None),",
     ),
+    "a segment chooses for itself": (
+        "08_chapters",
+        "memory/chapters.py",
+        "            return before",
+        "            return hidden.mean(1, keepdim=True)",
+    ),
+    "a single chapter's weight does not count": (
+        "08_chapters",
+        "memory/chapters.py",
+        "return log_weights.exp().sum(-1, keepdim=True) * read",
+        "return read",
+    ),
+    "no gradient passes the rounding": (
+        "09_low_rank_quantised",
+        "memory/quantization.py",
+        "return gradient, None, None",
+        "return 0 * gradient, None, None",
+    ),
+    "halves of a byte are swapped": (
+        "09_low_rank_quantised",
+        "memory/quantization.py",
+        "return low | (high << 4)",
+        "return high | (low << 4)",
+    ),
     "attention sees the future": (
         "01_baseline_transformer",
         "nn/attention.py",
