@@ -11,6 +11,7 @@ from memlib.lab.pictures import borders, colour_of
 from memlib.lab.widgets.view import View
 
 SHUT, OPEN = 0.05, 0.95
+LINES = 4  # more than these are drawn as strips in a picture: lines would hide each other
 
 
 def strips(
@@ -34,15 +35,13 @@ def strips(
         raise ValueError(f"{title}: numbers from {values.min():g} to {values.max():g}; strips show 0 to 1")
 
     def draw(axis: Any, time: int) -> None:
-        for i, (label, line) in enumerate(zip(lines, values, strict=True)):
-            axis.plot(line, label=label, color=colour_of(label, i), drawstyle="steps-mid", linewidth=1.6)
+        (draw_lines if len(lines) <= LINES else draw_strips)(axis, list(lines), values)
         borders(axis, len(words), segment_length)
         if time:
-            axis.axvline(time, color="black", linewidth=1)
-        axis.set(xlabel=unit, ylim=(-0.05, 1.05))
+            axis.axvline(time, color="black" if len(lines) <= LINES else "white", linewidth=1)
+        axis.set(xlabel=unit)
         if len(words) <= 24:
             axis.set_xticks(range(len(words)), words, fontsize=8)
-        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(lines), frameon=False)
 
     said = "; ".join(describe(label, line, gates) for label, line in zip(lines, values, strict=True))
     return View(
@@ -63,6 +62,19 @@ def strips(
         group=group,
         page=segment_length or 10,
     )
+
+
+def draw_lines(axis: Any, labels: Sequence[str], values: np.ndarray) -> None:
+    for i, (label, line) in enumerate(zip(labels, values, strict=True)):
+        axis.plot(line, label=label, color=colour_of(label, i), drawstyle="steps-mid", linewidth=1.6)
+    axis.set(ylim=(-0.05, 1.05))
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(labels), frameon=False)
+
+
+def draw_strips(axis: Any, labels: Sequence[str], values: np.ndarray) -> None:
+    image = axis.imshow(values, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.figure.colorbar(image, ax=axis)
 
 
 def describe(label: str, line: np.ndarray, gates: bool) -> str:
