@@ -88,3 +88,14 @@ def test_topics_change_as_often_as_said(change, least, most):
 def test_what_does_not_fit_is_refused(changes, n, message):
     with pytest.raises(ValueError, match=message):
         Topics(TopicsConfig(**changes), n, 3)
+
+
+def test_a_batch_is_a_function_of_seed_split_and_step():
+    task, again = (Topics(TopicsConfig(change=0.3), 16, 4, 2) for _ in range(2))
+    batch = task.batch(8, 3, seed=5)
+    assert torch.equal(batch.tokens, again.batch(8, 3, seed=5).tokens)
+    assert torch.equal(batch.targets[:, :-1], batch.tokens[:, 1:])
+    test = task.batch(8, 3, seed=5, split="test").tokens
+    for other in (task.batch(8, 4, seed=5).tokens, task.batch(8, 3, seed=6).tokens, test):
+        assert other.shape != batch.tokens.shape or not torch.equal(other, batch.tokens)
+    assert {task.batch(2, step).tokens.shape[1] for step in range(20)} == {32, 48, 64}
