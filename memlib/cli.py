@@ -25,6 +25,7 @@ EPILOG = """examples:
   memlib generate runs/notes --prompt "def " --temperature 0.8 --stream
   memlib generate runs/notes --prompt "Ann: " --state ann.safetensors    memory goes on from call to call
   memlib table recall                                train, measure and print a whole table
+  memlib compress runs/topics_routed                 bytes against accuracy, by rank and bits
   memlib retrieval --keys 1024 65536                 latency with recall of each index
   memlib retrieval runs/passkey_external/seed-0      a trained model's accuracy with each index
   memlib stream recall_internal recall_ltm model.segment_length=128     a million tokens through each
@@ -84,14 +85,20 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("table", help="train and measure one of the README's tables")
     command.add_argument(
         "name",
-        choices=["recall", "rewrite", "passkey", "mixed"]
-        + ["compression", "slots", "prototype", "age", "banks"],
+        choices=["recall", "rewrite", "passkey", "mixed", "compression", "slots", "prototype"]
+        + ["age", "banks", "topics", "collapse"],
     )
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     command.add_argument("--segments", type=int, nargs="+", help="default: the lengths of the stored table")
     command.add_argument("--out", type=Path, default=Path("runs"), help="finished runs in it are reused")
     command.add_argument("--json", type=Path, help="default: OUT/NAME.json")
     command.set_defaults(run=table)
+
+    command = commands.add_parser("compress", help="rank and bits of trained chapters against accuracy")
+    command.add_argument("runs", nargs="+", type=Path, help="folders of runs, or of their seeds")
+    command.add_argument("--examples", type=int, default=256, help="examples to measure on")
+    command.add_argument("--json", type=Path, help="also write the results here")
+    command.set_defaults(run=compress)
 
     command = commands.add_parser("retrieval", help="measure what searching costs, and what it finds")
     command.add_argument("folder", nargs="?", type=Path, help="a run with external memory: its accuracy")
@@ -232,6 +239,7 @@ def table(arguments: argparse.Namespace) -> int:
     from memlib.training.comparison import (
         LENGTHS,
         MEASURES,
+        PREPARED,
         compare,
         named_comparison,
         summary,
@@ -241,12 +249,32 @@ def table(arguments: argparse.Namespace) -> int:
 
     configs = named_comparison(arguments.name)
     segments = arguments.segments or LENGTHS.get(arguments.name, [4, 6, 32])
-    measures = MEASURES.get(arguments.name)
-    results = compare(configs, arguments.seeds, segments, arguments.out, measures=measures)
+    measures, prepare = MEASURES.get(arguments.name), PREPARED.get(arguments.name)
+    results = compare(configs, arguments.seeds, segments, arguments.out, measures=measures, prepare=prepare)
     target = arguments.json or arguments.out / f"{arguments.name}.json"
     write_json(results, target)
     print(f"{to_markdown(results)}\n\n{summary(results)}")
     print(f"\nwritten to {target}")
+    return 0
+
+
+def compress(arguments: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from memlib.evaluation.compressed import bytes_against_accuracy, compressed_table
+    from memlib.files import write_text
+    from memlib.training.comparison import markdown
+    from memlib.training.trainer import load_run
+
+    results = []
+    for folder in seed_folders(arguments.runs):
+        trainer = load_run(folder)
+        results.append(bytes_against_accuracy(trainer.model, trainer.task, examples=arguments.examples))
+    print(markdown(*compressed_table(results)))
+    if arguments.json:
+        runs = [[asdict(row) for row in rows] for rows in results]
+        write_text(arguments.json, json.dumps(runs, indent=1) + "\n")
     return 0
 
 

@@ -42,6 +42,7 @@ from memlib.config.schema import (
     Stage,
     TaskConfig,
     TextConfig,
+    TopicsConfig,
     TrainingConfig,
 )
 
@@ -65,6 +66,7 @@ __all__ = [
     "Stage",
     "TaskConfig",
     "TextConfig",
+    "TopicsConfig",
     "TrainingConfig",
     "differences",
     "from_dict",

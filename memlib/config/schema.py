@@ -438,6 +438,19 @@ class MixedConfig:
 
 
 @dataclass(kw_only=True)
+class TopicsConfig:
+    """Streams about topics; the value of a key is a fact of its topic, the same in the whole corpus."""
+
+    num_topics: int = option(8, "topics; chance is 1 / num_topics", 1)
+    num_words: int = option(4, "words of each topic", 1, 26)
+    num_keys: int = option(16, "distinct keys, asked in every topic", 1)
+    num_values: int = option(16, "distinct values", 2)
+    num_queries: int = option(4, "facts asked in a segment", 1)
+    change: float = option(0.0, "how often a segment is about another topic than the one before", 0.0, 1.0)
+    facts_seed: int = option(0, "the facts of the corpus are drawn from it", 0)
+
+
+@dataclass(kw_only=True)
 class CopyConfig:
     """Say the first segment's symbols again, in order, in the last segment."""
 
@@ -478,12 +491,13 @@ class TextConfig:
 class TaskConfig:
     """What the model is trained and measured on."""
 
-    name: Literal["recall", "passkey", "mixed", "copy", "qa", "text"] = option("recall", "the task")
+    name: Literal["recall", "passkey", "mixed", "topics", "copy", "qa", "text"] = option("recall", "the task")
     segments: int = option(4, "segments in an example (at most, where segments_min is set)", 1)
     segments_min: int | None = option(None, "training draws the length from segments_min … segments", 1)
     recall: RecallConfig = option(RecallConfig, "associative recall")
     passkey: PasskeyConfig = option(PasskeyConfig, "passkey in noise")
     mixed: MixedConfig = option(MixedConfig, "facts and registers")
+    topics: TopicsConfig = option(TopicsConfig, "facts of topics")
     copy: CopyConfig = option(CopyConfig, "copy and selective copy")
     qa: QaConfig = option(QaConfig, "stories and questions")
     text: TextConfig = option(TextConfig, "real text")

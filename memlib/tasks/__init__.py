@@ -16,11 +16,13 @@ from memlib.tasks.passkey import Passkey, passkey_grid
 from memlib.tasks.qa import Qa
 from memlib.tasks.recall import Recall
 from memlib.tasks.text import Text
+from memlib.tasks.topics import Topics
 
 TASKS: dict[str, Callable[..., Task]] = {
     "recall": Recall,
     "passkey": Passkey,
     "mixed": Mixed,
+    "topics": Topics,
     "copy": Copy,
     "qa": Qa,
     "text": Text,
@@ -36,6 +38,7 @@ __all__ = [
     "Recall",
     "Task",
     "Text",
+    "Topics",
     "make_task",
     "passkey_grid",
 ]

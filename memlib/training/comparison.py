@@ -5,24 +5,31 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import cast
 
 import torch
 
 from memlib.config import Config, load_config, override
+from memlib.evaluation.chapters import chapter_use
 from memlib.evaluation.hierarchy import read_alone, recall_in_stream
 from memlib.files import write_text
 from memlib.memory.hds import HdsMemory
+from memlib.memory.routers import ChapterRouter
+from memlib.models import MemoryTransformer
 from memlib.models.block import StreamBlock
 from memlib.models.info import count_parameters
+from memlib.tasks import Topics
 from memlib.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class Result:
-    """One trained run, measured: accuracy on the test split by number of segments."""
+    """One trained run, measured: accuracy on the test split by number of segments.
+
+    chapters: what a run on topics says of its chapters (`memlib.evaluation.chapters.chapter_use`).
+    """
 
     name: str
     seed: int
@@ -31,6 +38,7 @@ class Result:
     cpu_seconds: float
     chance: float
     accuracy: dict[int, float]
+    chapters: dict[str, float] = field(default_factory=dict)
 
 
 COMPARISONS = {
@@ -45,6 +53,8 @@ LENGTHS = {
     "mixed": [4, 16],
     "age": [2, 3, 5, 9, 17, 33, 65, 129],
     "banks": [4, 8, 16, 32, 64],
+    "topics": [3, 8],
+    "collapse": [3],
 }
 RATIOS = (1.0, 0.5, 0.25, 0.125)
 
@@ -64,6 +74,7 @@ def of_run(trainer: Trainer, name: str, accuracy: dict[int, float]) -> Result:
         round(trainer.cpu_seconds, 1),
         trainer.task.chance,
         {n: round(score, 4) for n, score in accuracy.items()},
+        chapter_use(trainer.model, trainer.task) if isinstance(trainer.task, Topics) else {},
     )
 
 
@@ -98,16 +109,20 @@ def compare(
     folder: str | os.PathLike[str] | None = None,
     progress: bool = True,
     measures: Callable[[Trainer, str, Sequence[int]], list[Result]] | None = None,
+    prepare: Callable[[MemoryTransformer], None] | None = None,
 ) -> list[Result]:
     """Train every configuration with every seed; with a folder the runs are kept (and reused if whole).
 
-    measures: what to measure of each run, where not its accuracy at each number of segments.
+    measures: what to measure of each run, where not its accuracy at each number of segments; prepare:
+    changes a new model before it is trained.
     """
     results = []
     for name, config in configs.items():
         for seed in seeds:
             run = Path(folder, name, f"seed-{seed}") if folder else None
             trainer = Trainer(override(config, {"training.seed": seed}), run, resume=True)
+            if prepare is not None and trainer.step == 0:
+                prepare(trainer.model)
             trainer.train(progress=progress)
             if measures:
                 results += measures(trainer, name, segments)
@@ -165,12 +180,45 @@ def banks() -> dict[str, Config]:
     }
 
 
+def topics() -> dict[str, Config]:
+    """Facts of topics: no memory, a wider feed-forward, all tokens read, one and two chapters of eight."""
+    routed, plain = load_config("topics_routed"), load_config("topics_baseline")
+    return {
+        "topics_plain": override(plain, {"model.intermediate_dim": routed.model.intermediate_dim}),
+        "topics_baseline": plain,
+        "topics_dense": load_config("topics_dense"),
+        "topics_routed": routed,
+        "topics_routed_2": override(routed, {"memory.chapters.top_k_chapters": 2}),
+    }
+
+
+def collapse() -> dict[str, Config]:
+    """Chapters that all begin as one (`lean`), without the balance loss and with it."""
+    base = load_config("topics_routed")
+    return {
+        "topics_unbalanced": override(base, {"memory.chapters.use_load_balance_loss": False}),
+        "topics_balanced": override(base, {"memory.chapters.load_balance_coefficient": 0.1}),
+    }
+
+
+@torch.no_grad()
+def lean(model: MemoryTransformer) -> None:
+    """Make every router begin with chapter 0 for whatever it sees: a collapse at the start."""
+    for module in model.modules():
+        if isinstance(module, ChapterRouter):
+            module.proj.bias[0] += 4.0
+
+
+PREPARED = {"collapse": lean}
+
 STUDIES = {
     "compression": compression,
     "slots": slots,
     "prototype": prototype,
     "age": age,
     "banks": banks,
+    "topics": topics,
+    "collapse": collapse,
 }
 MEASURES = {"age": measure_by_bank, "banks": measure_in_stream}
 
@@ -185,12 +233,15 @@ def named_comparison(name: str) -> dict[str, Config]:
 def to_markdown(results: Sequence[Result]) -> str:
     """A table with one row per run."""
     segments = list(results[0].accuracy)
+    said = list(dict.fromkeys(name for r in results for name in r.chapters))
     rows = [
         [r.name, str(r.seed), f"{r.parameters:,}", str(r.steps), f"{r.cpu_seconds:.1f}", f"{r.chance:.4f}"]
         + [f"{r.accuracy[n]:.4f}" for n in segments]
+        + [f"{r.chapters[name]:g}" if name in r.chapters else "" for name in said]
         for r in results
     ]
     head = ["run", "seed", "parameters", "steps", "CPU-s", "chance", *(f"{n} segments" for n in segments)]
+    head += said
     return markdown(head, rows)
 
 

@@ -12,6 +12,7 @@ from memlib import load_config, override, record
 from memlib.lab.ablation import Question, ablate
 from memlib.lab.levels import levels_of
 from memlib.lab.widgets import (
+    chapters_over_time,
     gates_over_time,
     hits_view,
     inspect_slots,
@@ -397,4 +398,28 @@ def test_narrow_window(open_sheet, address, screenshot):
         width = figure.locator.evaluate("f => [f.scrollWidth, f.clientWidth]")
         assert width[0] <= width[1] + 1, kind
         screenshot(figure.locator, f"{kind}_narrow")
+    sheet.assert_clean()
+
+
+def test_chapters_say_what_was_recorded_and_pass_axe(open_sheet, tmp_path):
+    """Sixteen strips: every value at the cursor is the recording's, and no legend leaves the picture."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    torch.manual_seed(0)
+    changes = {"memory.chapters.num_chapters": 16}
+    model = MemoryTransformer(override(load_config("topics_routed"), changes)).eval()
+    with torch.no_grad(), record(model) as trace:
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+        model(torch.randint(0, 162, (1, 48)))
+    save_page(tmp_path / "chapters.html", chapters_over_time(trace, segment_length=16))
+    sheet = open_sheet((tmp_path / "chapters.html").as_uri())
+    figure = sheet.figure("strips")
+    figure.press("Home", "PageDown", *["ArrowUp"] * 16, *["ArrowDown"] * 11)
+    want = trace["chapters.probability"].at(layer=0, batch=0).values[16, figure.item]
+    assert figure.time == 16 and f"chapter {figure.item} = {want:.4f}" in figure.readout
+    figure.locator.locator("summary").click()
+    rows = figure.locator.locator("table").inner_text()
+    assert all(f"chapter {c}" in rows for c in range(16))
+    assert not Axe().run(sheet.page).response["violations"]
     sheet.assert_clean()

@@ -60,6 +60,30 @@ MUTANTS = {
         "torch.logsumexp(found.score, -1) + logit - logsumexp()",
         "torch.logsumexp(found.score, -1) + logit",
     ),
+    "a segment chooses for itself": (
+        "08_chapters",
+        "memory/chapters.py",
+        "            return before",
+        "            return hidden.mean(1, keepdim=True)",
+    ),
+    "a single chapter's weight does not count": (
+        "08_chapters",
+        "memory/chapters.py",
+        "return log_weights.exp().sum(-1, keepdim=True) * read",
+        "return read",
+    ),
+    "no gradient passes the rounding": (
+        "09_low_rank_quantised",
+        "memory/quantization.py",
+        "return gradient, None, None",
+        "return 0 * gradient, None, None",
+    ),
+    "halves of a byte are swapped": (
+        "09_low_rank_quantised",
+        "memory/quantization.py",
+        "return low | (high << 4)",
+        "return high | (low << 4)",
+    ),
     "attention sees the future": (
         "01_baseline_transformer",
         "nn/attention.py",

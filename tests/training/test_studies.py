@@ -1,5 +1,6 @@
 """The stored studies are of configurations that exist, and hold what the documents say of them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,54 @@ def test_four_banks_are_no_better_than_one_in_the_middle():
     for segments in (16, 32, 64):
         four, middle = of_banks("banks_4x128", segments), of_banks("banks_1x512_half_16", segments)
         assert all(a < b + 0.05 for a, b in zip(four, middle, strict=True))
+
+
+def chapters(study, name, measure):
+    return [r.chapters[measure] for r in read_json(RESULTS / f"{study}.json") if r.name == name]
+
+
+def test_routed_memory_keeps_the_gain_of_dense_memory_at_an_eighth_of_its_reading():
+    """On every seed, and with two chapters of eight; the gain is over the same model without memory."""
+    for name, part in (("topics_routed", 1 / 8), ("topics_routed_2", 1 / 4)):
+        runs = (scores("topics", n, 3) for n in ("topics_plain", "topics_dense", name))
+        for plain, dense, routed in zip(*runs, strict=True):
+            assert dense - plain > 0.02
+            assert routed - plain >= 0.95 * (dense - plain)
+        (whole,) = set(chapters("topics", "topics_dense", "tokens read"))
+        assert set(chapters("topics", name, "tokens read")) == {part * whole}
+
+
+def test_chapters_specialise_on_topics():
+    for name in ("topics_routed", "topics_routed_2"):
+        assert min(chapters("topics", name, "information")) >= 0.7
+        assert max(chapters("topics", name, "shuffled")) < 0.05
+
+
+def test_a_feed_forward_of_equal_size_is_better_here():
+    """Said in the documents; should it ever turn round, they must change."""
+    assert min(scores("topics", "topics_baseline", 3)) > max(scores("topics", "topics_routed", 3))
+
+
+def test_a_collapse_stays_without_the_balance_loss_and_is_cured_with_it():
+    """Both begin in one chapter of eight; accuracy is better on every seed as well."""
+    assert max(chapters("collapse", "topics_unbalanced", "in use")) <= 4
+    assert min(chapters("collapse", "topics_balanced", "in use")) >= 7
+    entropy = {n: chapters("collapse", n, "entropy") for n in ("topics_unbalanced", "topics_balanced")}
+    assert max(entropy["topics_unbalanced"]) < 0.4 and min(entropy["topics_balanced"]) > 0.9
+    pairs = (scores("collapse", name, 3) for name in ("topics_unbalanced", "topics_balanced"))
+    assert all(cured > collapsed for collapsed, cured in zip(*pairs, strict=True))
+
+
+def test_bytes_against_accuracy_break_between_rank_8_and_rank_4():
+    """In parts of what the bank is worth, on every seed: 4 bits keep it, rank 8 keeps it, rank 4 does not."""
+    runs = json.loads((RESULTS / "rank.json").read_text(encoding="utf-8"))
+    assert len(runs) >= 3
+    for rows in runs:
+        of = {(row["rank"], row["bits"]): row["accuracy"] for row in rows}
+        nothing, whole = of[0, 32], of[None, 32]
+        kept = {key: (accuracy - nothing) / (whole - nothing) for key, accuracy in of.items()}
+        assert whole - nothing > 0.2
+        assert min(kept[rank, 4] for rank in (8, 16, None)) >= 0.95
+        assert kept[4, 32] < 0.9 and kept[2, 32] < 0.7 and kept[1, 32] < 0.5
+        size = {(row["rank"], row["bits"]): row["nbytes"] for row in rows}
+        assert size[8, 4] * 14 <= size[None, 32]

@@ -2,6 +2,7 @@
 
 gates_over_time    gate values over tokens; `strips` shows any numbers in 0 … 1 in the same shape
 fusion_over_time   whom each token listens to: attention, the memories, and the retrieval gate
+chapters_over_time which chapters a router wants, token by token
 slots_over_time    every slot of a memory, segment by segment; `slot_view`: numbers of one's own
 levels_over_time   the levels of a hierarchy of states, and what is left in each of its banks
 inspect_slots      one slot: its writers, its readers, and the answers without it
@@ -13,6 +14,7 @@ save_page          views as one HTML file
 drive              moves every control to its ends and its middle: the test of a notebook's widgets
 """
 
+from memlib.lab.widgets.chapters import chapters_over_time
 from memlib.lab.widgets.drive import drive
 from memlib.lab.widgets.form import Form
 from memlib.lab.widgets.gates import fusion_over_time, gates_over_time
@@ -33,6 +35,7 @@ __all__ = [
     "gates_over_time",
     "fusion_over_time",
     "strips",
+    "chapters_over_time",
     "slots_over_time",
     "slot_view",
     "levels_over_time",

@@ -11,7 +11,7 @@ from memlib.lab.pictures import borders, colour_of
 from memlib.lab.widgets.view import View
 
 SHUT, OPEN = 0.05, 0.95
-MOST_LINES = 4  # in one plot of the picture
+LINES = 4  # more than these are drawn as strips in a picture: lines would hide each other
 
 
 def strips(
@@ -35,18 +35,13 @@ def strips(
         raise ValueError(f"{title}: numbers from {values.min():g} to {values.max():g}; strips show 0 to 1")
 
     def draw(axis: Any, time: int) -> None:
-        if len(lines) > MOST_LINES:
-            draw_rows(axis, values, list(lines), time, segment_length, unit)
-            return
-        for i, (label, line) in enumerate(zip(lines, values, strict=True)):
-            axis.plot(line, label=label, color=colour_of(label, i), drawstyle="steps-mid", linewidth=1.6)
+        (draw_lines if len(lines) <= LINES else draw_strips)(axis, list(lines), values)
         borders(axis, len(words), segment_length)
         if time:
-            axis.axvline(time, color="black", linewidth=1)
-        axis.set(xlabel=unit, ylim=(-0.05, 1.05))
+            axis.axvline(time, color="black" if len(lines) <= LINES else "white", linewidth=1)
+        axis.set(xlabel=unit)
         if len(words) <= 24:
             axis.set_xticks(range(len(words)), words, fontsize=8)
-        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(lines), frameon=False)
 
     said = "; ".join(describe(label, line, gates) for label, line in zip(lines, values, strict=True))
     return View(
@@ -69,17 +64,17 @@ def strips(
     )
 
 
-def draw_rows(
-    axis: Any, values: np.ndarray, labels: Sequence[str], time: int, segment_length: int, unit: str
-) -> None:
-    """A row of colours for each of the lines [r n], where lines over one another could not be told apart."""
-    image = axis.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+def draw_lines(axis: Any, labels: Sequence[str], values: np.ndarray) -> None:
+    for i, (label, line) in enumerate(zip(labels, values, strict=True)):
+        axis.plot(line, label=label, color=colour_of(label, i), drawstyle="steps-mid", linewidth=1.6)
+    axis.set(ylim=(-0.05, 1.05))
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(labels), frameon=False)
+
+
+def draw_strips(axis: Any, labels: Sequence[str], values: np.ndarray) -> None:
+    image = axis.imshow(values, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.figure.colorbar(image, ax=axis)
-    borders(axis, values.shape[1], segment_length)
-    if time:
-        axis.axvline(time, color="white", linewidth=1)
-    axis.set(xlabel=unit)
-    axis.set_yticks(range(len(labels)), labels)
 
 
 def describe(label: str, line: np.ndarray, gates: bool) -> str:

@@ -2,7 +2,8 @@
 views.strips = (frame) => {
   const { rows, places, segment_length: length, gates } = frame.words, { data, step } = frame.arrays.lines;
   const [low, high] = gates || [-1, 2]; // below low a gate is shut, above high it is open
-  const n = places.length, left = 120, right = 118, strip = 24, top = 22, chart = 120, ribbon = 30;
+  const n = places.length, left = 120, right = 118, strip = 24, top = 22, ribbon = 30;
+  const chart = Math.max(120, 16 * rows.length + 8);
   let span = 1;
   const value = (row, t) => data[row * n + t];
   const x = (t) => left + ((t + 0.5) * span) / n;

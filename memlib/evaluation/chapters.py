@@ -1,0 +1,80 @@
+"""What chapters are used for: how evenly, and whether each topic has its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from einops import einsum, reduce
+
+from memlib.memory.chapters import ChapterMemory
+from memlib.models.transformer import MemoryTransformer
+from memlib.tasks.topics import Topics
+
+
+@torch.no_grad()
+def topics_and_chapters(
+    model: MemoryTransformer, task: Topics, examples: int = 256, layer: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For every segment but the first: what the one before was about, and the chapter that counted most.
+
+    -> topics [e], chapters [e], and loads [c], what each chapter counted in all, summing to 1. A choice
+    rests on the segment before; the first segment has none.
+    """
+    tokens, seen = task.batch(examples, 0, split="test").tokens, []
+    memory = [m for m in model.modules() if isinstance(m, ChapterMemory)][layer]
+    hook = memory.weight_probe.register_forward_hook(lambda probe, args, weight: seen.append(weight))
+    try:
+        model.eval()(tokens)
+    finally:
+        hook.remove()
+    weight = torch.cat(seen, 1).numpy()
+    chosen = reduce(weight, "b (s n) c -> b s c", "mean", n=task.segment_length)[:, 1:]
+    topics = np.array([task.topic_of(row) for row in tokens.tolist()])[:, :-1]
+    loads = reduce(chosen, "b s c -> c", "sum")
+    return topics.ravel(), chosen.argmax(-1).ravel(), loads / loads.sum()
+
+
+def chapter_use(model: MemoryTransformer, task: Topics, seed: int = 0) -> dict[str, float]:
+    """Tokens that each token reads; and of a model with chapters how they are used.
+
+    information: of topic and chapter, as a part of what the topic holds; shuffled: the same with the
+    topics in random order; in use: chapters with at least a tenth of an even share; entropy: of the
+    loads, as a part of even use.
+    """
+    memories = [m for m in model.modules() if isinstance(m, ChapterMemory)]
+    if not memories:
+        return {"tokens read": 0}
+    config = memories[0].config
+    if not config.use_chapters:
+        return {"tokens read": config.num_memory_tokens}
+    topics, chapters, loads = topics_and_chapters(model, task)
+    shuffled = np.random.default_rng(seed).permutation(topics)
+    return {
+        "tokens read": config.num_memory_tokens // config.num_chapters * config.top_k_chapters,
+        "information": round(mutual_information(topics, chapters), 4),
+        "shuffled": round(mutual_information(shuffled, chapters), 4),
+        "in use": int((loads >= 0.1 / len(loads)).sum()),
+        "entropy": round(load_entropy(loads), 4),
+    }
+
+
+def load_entropy(loads: np.ndarray) -> float:
+    """-sum_c p_c log p_c / log c of loads [c]: 1 where all are used evenly, 0 where one has everything."""
+    share = loads / loads.sum()
+    some = share[share > 0]
+    return max(0.0, float(-(some * np.log(some)).sum() / np.log(len(loads)))) if len(loads) > 1 else 1.0
+
+
+def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
+    """I(a; b) / H(a) of two lists of whole numbers [e]: how much of a is known from b, 0 … 1.
+
+    Counts of a sample: also of independent lists it is above 0, by about (kinds of a - 1)
+    (kinds of b - 1) / (2 e H(a)); compare with a shuffled list. 0 where a never varies.
+    """
+    joint = np.zeros((int(a.max()) + 1, int(b.max()) + 1))
+    np.add.at(joint, (a, b), 1 / len(a))
+    apart = einsum(joint.sum(1), joint.sum(0), "i, j -> i j")
+    there = joint > 0
+    alone = joint.sum(1)[joint.sum(1) > 0]
+    entropy = -(alone * np.log(alone)).sum()
+    return float((joint[there] * np.log(joint[there] / apart[there])).sum() / entropy) if entropy > 0 else 0.0

@@ -1,0 +1,110 @@
+"""Streams about topics: facts that never change, of which each topic has its own."""
+
+from __future__ import annotations
+
+import numpy as np
+from einops import rearrange, repeat
+
+from memlib.config import TopicsConfig
+from memlib.tasks.base import GeneratedTask
+from memlib.tasks.placement import place_blocks, random_subset, write_blocks
+from memlib.tasks.vocabulary import Vocabulary, numbered
+
+
+class Topics(GeneratedTask):
+    """`t2b ? k5 v9 t2a ? k1 v3 | t2a t2c ? k1 v3 ? k7 v0`: what is asked is knowledge, not the stream.
+
+    A stream is about one topic, and each of its segments opens with one of the topic's words; with
+    `change` above 0 the topic may be another at each border. The value of a key depends on the topic and
+    on nothing else: `facts[topic, key]` is drawn once from `facts_seed` and holds in the whole corpus,
+    training and test alike. So it is to be learned, and a model with all facts in its weights needs no
+    more than the segment before it. Scored are the asked keys of every segment but the first: who
+    chooses by the segment before has chosen by then.
+
+    For each key the topics' values are distinct, so who knows all facts but not the topic is right once
+    in num_topics: that is `chance`. Without facts it is once in num_values.
+
+    Raises ValueError if the facts do not fit the values, or the questions the segment.
+    """
+
+    def __init__(
+        self,
+        config: TopicsConfig,
+        segment_length: int,
+        segments: int = 4,
+        segments_min: int | None = None,
+    ) -> None:
+        n, c = segment_length, config
+        if c.num_topics > c.num_values:
+            raise ValueError(
+                f"num_topics = {c.num_topics}: at most num_values = {c.num_values}, so that a key can have "
+                "another value in each topic; raise num_values"
+            )
+        if c.num_queries > c.num_keys:
+            raise ValueError(f"num_queries = {c.num_queries}: at most num_keys = {c.num_keys}; lower it")
+        if 1 + 3 * c.num_queries > n:
+            raise ValueError(
+                f"num_queries = {c.num_queries}: they take 3 tokens each after a word of the topic, and at "
+                f"most {(n - 1) // 3} fit in a segment_length of {n}; lower it or raise segment_length"
+            )
+        super().__init__(segment_length, segments, segments_min)
+        self.config = config
+        self.chance = 1 / c.num_topics
+        self.vocabulary = Vocabulary(
+            {
+                "pad": ["_"],
+                "query": ["?"],
+                "word": [f"t{t}{chr(97 + w)}" for t in range(c.num_topics) for w in range(c.num_words)],
+                "key": numbered("k", c.num_keys),
+                "value": numbered("v", c.num_values),
+            }
+        )
+        rng = np.random.default_rng(c.facts_seed)
+        self.facts = rearrange(
+            random_subset(rng, c.num_keys, c.num_topics, of=c.num_values), "key topic -> topic key"
+        )
+
+    def generate(
+        self, rng: np.random.Generator, batch_size: int, segments: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        b, n, c = batch_size * segments, self.segment_length, self.config
+        word, key, value = (self.vocabulary[f].start for f in ("word", "key", "value"))
+        topic = rearrange(self.draw_topics(rng, batch_size, segments), "b s -> (b s) 1")
+        pages = word + c.num_words * topic + rng.integers(0, c.num_words, (b, n))
+
+        asked = random_subset(rng, b, c.num_queries, of=c.num_keys)
+        starts = 1 + place_blocks(rng, b, c.num_queries, 3, n - 1)
+        mark = np.full_like(asked, self.vocabulary["query"].start)
+        write_blocks(pages, starts, np.stack((mark, key + asked, value + self.facts[topic, asked]), -1))
+        scored = np.zeros((b, n), dtype=bool)
+        np.put_along_axis(scored, starts + 1, True, 1)
+
+        stream = rearrange(pages, "(b s) n -> b (s n)", s=segments)
+        scored = rearrange(scored, "(b s) n -> b (s n)", s=segments)
+        scored[:, :n] = False
+        return np.concatenate((stream, np.zeros((batch_size, 1), dtype=stream.dtype)), 1), scored
+
+    def draw_topics(self, rng: np.random.Generator, batch_size: int, segments: int) -> np.ndarray:
+        """[b s]: a topic for each stream, another one from each border on at which it changes."""
+        c = self.config
+        first = rng.integers(0, c.num_topics, (batch_size, 1))
+        if c.change == 0 or c.num_topics == 1:
+            return repeat(first, "b 1 -> b s", s=segments)
+        steps = rng.integers(1, c.num_topics, (batch_size, segments))
+        steps *= rng.random((batch_size, segments)) < c.change
+        return (first + np.cumsum(steps, 1)) % c.num_topics
+
+    def topic_of(self, row: list[int]) -> list[int]:
+        """The topic of each segment of a row, by the word it opens with."""
+        words = row[:: self.segment_length]
+        return [(word - self.vocabulary["word"].start) // self.config.num_words for word in words]
+
+    def solve(self, row: list[int]) -> list[int]:
+        """At every key, its value in the topic of the segment."""
+        key, value, topics = self.vocabulary["key"], self.vocabulary["value"], self.topic_of(row)
+        return [
+            value.start + int(self.facts[topics[t // self.segment_length], token - key.start])
+            if token in key
+            else 0
+            for t, token in enumerate(row)
+        ]
