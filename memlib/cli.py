@@ -263,8 +263,8 @@ def compress(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from memlib.evaluation.compressed import bytes_against_accuracy, compressed_table
+    from memlib.evaluation.table import markdown
     from memlib.files import write_text
-    from memlib.training.comparison import markdown
     from memlib.training.trainer import load_run
 
     results = []
@@ -283,8 +283,8 @@ def retrieval(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from memlib.evaluation import retrieval as measured
+    from memlib.evaluation.table import markdown
     from memlib.files import write_text
-    from memlib.training.comparison import markdown
     from memlib.training.trainer import load_run
 
     names = arguments.index or list(measured.INDEXES)
@@ -312,8 +312,8 @@ def hybrid(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from memlib.evaluation.hybrid import hybrid_table, measure_hybrid
+    from memlib.evaluation.table import markdown
     from memlib.files import write_text
-    from memlib.training.comparison import markdown
     from memlib.training.trainer import load_run
 
     results = {}
@@ -341,8 +341,8 @@ def stream(arguments: argparse.Namespace) -> int:
 
     from memlib.evaluation import stream as measured
     from memlib.evaluation.retrieval import named_index
+    from memlib.evaluation.table import markdown
     from memlib.files import write_text
-    from memlib.training.comparison import markdown
 
     names = [word for word in arguments.words if "=" not in word]
     changes = [word for word in arguments.words if "=" in word]

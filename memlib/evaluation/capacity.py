@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from memlib.config import Config, override
+from memlib.evaluation.table import markdown
 from memlib.memory import MEMORIES
 from memlib.memory.base import State
 from memlib.memory.chapters import ChapterState
 from memlib.memory.hds import HdsState
 from memlib.memory.ring import RingState
 from memlib.memory.shelves import ExternalState
-from memlib.training.comparison import markdown
 
 MILLION = 1_000_000
 

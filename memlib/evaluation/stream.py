@@ -19,14 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_model, save_model
 from torch import Tensor
 
 from memlib.config import Config, IndexConfig
+from memlib.inference.states import load_state, save_state
 from memlib.memory.index import library
 from memlib.models import MemoryTransformer
 from memlib.models.stores import Stores, attach_stores, save_stores
 from memlib.models.transformer import MemoryState
-from memlib.training.checkpoint import load_checkpoint, save_checkpoint
 
 TENTHS = 10
 SLOWEST = 0.9  # the last tenth's speed over the second's (spec C8)
@@ -109,14 +110,14 @@ class Run:
     def reread(self, index: IndexConfig | None) -> Run:
         """Save everything to files and go on with what a new model reads from them."""
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint, stored = Path(folder, "checkpoint"), Path(folder, "stores")
-            save_checkpoint(self.model, checkpoint, memory_state=self.state)
+            weights, state, stored = (Path(folder, name) for name in ("weights", "state", "stores"))
+            save_model(self.model, str(weights))
+            save_state(self.state, state, self.model)
             save_stores(self.stores, stored)
             model = new_model(self.model.config, seed=1)
-            _, tensors = load_checkpoint(checkpoint, model)
+            load_model(model, str(weights))
             stores = attach_stores(model, stored, index) if self.stores else {}
-            fresh = model.init_state(self.state.window.mask.shape[0])
-            return Run(model, stores, fresh.load(tensors or {}))
+            return Run(model, stores, load_state(state, model)[0])
 
 
 def measure_stream(

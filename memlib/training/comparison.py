@@ -14,6 +14,7 @@ import torch
 from memlib.config import Config, load_config, override
 from memlib.evaluation.chapters import chapter_use
 from memlib.evaluation.hierarchy import read_alone, recall_in_stream
+from memlib.evaluation.table import markdown
 from memlib.files import write_text
 from memlib.memory.hds import HdsMemory
 from memlib.memory.routers import ChapterRouter
@@ -258,11 +259,6 @@ def summary(results: Sequence[Result]) -> str:
         )
     head = ["model", "parameters", "seeds", "CPU-s each, at most", *(f"{n} segments" for n in segments)]
     return markdown(head, rows)
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
 
 
 def write_json(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
