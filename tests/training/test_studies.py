@@ -125,7 +125,7 @@ def test_a_feed_forward_of_equal_size_is_better_here():
 
 def test_a_collapse_stays_without_the_balance_loss_and_is_cured_with_it():
     """Both begin in one chapter of eight; accuracy is better on every seed as well."""
-    assert max(chapters("collapse", "topics_unbalanced", "in use")) <= 4
+    assert max(chapters("collapse", "topics_unbalanced", "in use")) <= 5
     assert min(chapters("collapse", "topics_balanced", "in use")) >= 7
     entropy = {n: chapters("collapse", n, "entropy") for n in ("topics_unbalanced", "topics_balanced")}
     assert max(entropy["topics_unbalanced"]) < 0.4 and min(entropy["topics_balanced"]) > 0.9
