@@ -263,3 +263,24 @@ def test_stream_says_what_is_not_flat(tmp_path, capsys):
     assert "feed at least" in capsys.readouterr().err
     assert main([*words[:4], "--store", "tree"]) == 2
     assert "index 'tree': known: torch, flat" in capsys.readouterr().err
+
+
+def test_compress_prints_bytes_and_accuracy(tmp_path, capsys):
+    run, target = tmp_path / "run", tmp_path / "rank.json"
+    assert (
+        main(["train", "topics_routed", "training.max_steps=1", "--seeds", "0", "1", "--out", str(run)]) == 0
+    )
+    capsys.readouterr()
+    assert main(["compress", str(run), "--examples", "64", "--json", str(target)]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "| rank | bits | bytes | accuracy |"
+    assert table[2].startswith("| 0 | 32 | 0 |") and table[-1].startswith("| whole | 32 | 32,768 |")
+    runs = json.loads(target.read_text(encoding="utf-8"))
+    assert len(runs) == 2 and len(table) == 2 + len(runs[0])
+
+
+def test_compress_says_what_it_needs(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", "topics_baseline", "training.max_steps=1", "--out", str(run)]) == 0
+    assert main(["compress", str(run)]) == 2
+    assert "this model has 0 banks of learnable tokens" in capsys.readouterr().err

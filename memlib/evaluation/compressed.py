@@ -78,9 +78,16 @@ def bytes_against_accuracy(
 ) -> list[Compressed]:
     """Nothing, then every rank with every number of bits, for a model with one bank; it ends as it began.
 
-    Rank None is the bank as it is. Odd ranks have no 4 bits.
+    Rank None is the bank as it is. Odd ranks have no 4 bits. Raises ValueError for a model
+    without such a bank, or with several.
     """
-    (memory,) = [m for m in model.modules() if isinstance(m, ChapterMemory)]
+    memories = [m for m in model.modules() if isinstance(m, ChapterMemory)]
+    if len(memories) != 1:
+        raise ValueError(
+            f"this model has {len(memories)} banks of learnable tokens: one is needed; set memory.kinds: "
+            "[chapters], and memory.memory_layer_placement to one layer"
+        )
+    (memory,) = memories
     trained = memory.bank
     tokens = trained.bank if isinstance(trained, ChapteredMemoryBank) else trained
     results = []
