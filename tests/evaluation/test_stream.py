@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from memlib.memory.internal import InternalMemory, SlotState
 from memlib.memory.store import Store
 from memlib.memory.stream import Column
 
+DOCS = Path(__file__).parents[2] / "docs"
+STORED, DIARY = DOCS / "results" / "stream.json", DOCS / "diary.md"
 TOKENS, SHORT = 20_000, 6_000
 SIZES = {
     "internal": {"num_slots": 8},
@@ -148,3 +152,12 @@ def test_refusals():
         measure_stream(small(), "small", 1000, segments=4)
     with pytest.raises(ValueError, match="no external memory"):
         measure_stream(small("internal"), "small", TOKENS, 1, 4, "ivf", INDEXES["ivf"])
+
+
+def test_the_stored_run_is_of_a_million_tokens_and_flat():
+    results = [StreamResult(**found) for found in json.loads(STORED.read_text(encoding="utf-8"))]
+    assert {r.name for r in results} >= {f"recall_{kind}" for kind in ("baseline", "internal", "hds", "ltm")}
+    for result in results:
+        assert result.tokens >= 1_000_000 and result.unsteady() == []
+        _, (row,) = stream_table([result])
+        assert f"| {row[0]} | {row[3]} | {' | '.join(row[4:])} |" in DIARY.read_text(encoding="utf-8")
