@@ -7,6 +7,7 @@ import torch
 from einops import einsum, reduce
 
 from memlib.memory.chapters import ChapterMemory
+from memlib.models.evaluating import evaluating
 from memlib.models.transformer import MemoryTransformer
 from memlib.tasks.topics import Topics
 
@@ -24,7 +25,8 @@ def topics_and_chapters(
     memory = [m for m in model.modules() if isinstance(m, ChapterMemory)][layer]
     hook = memory.weight_probe.register_forward_hook(lambda probe, args, weight: seen.append(weight))
     try:
-        model.eval()(tokens)
+        with evaluating(model):
+            model(tokens)
     finally:
         hook.remove()
     weight = torch.cat(seen, 1).numpy()

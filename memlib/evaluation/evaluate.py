@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from memlib.models.evaluating import evaluating
 from memlib.models.transformer import MemoryTransformer
 from memlib.tasks import Task
 from memlib.tasks.scoring import correct, scored_cross_entropy
@@ -39,24 +40,22 @@ def evaluate(
     For a task that continues, rows carry their memory from batch to batch, as in training.
     """
     batch_size = task.test_rows(batch_size)
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     right = total = 0
     loss, state = 0.0, None
-    for step in range(-(-examples // batch_size)):
-        batch = task.batch(batch_size, step, seed, split="test").to(device)
-        if not task.continues:
-            state = None
-        elif state is not None:
-            state = model.reset(state, batch.starts)
-        for piece in range(0, batch.tokens.shape[1], task.segment_length):
-            part = slice(piece, piece + task.segment_length)
-            output = model(batch.tokens[:, part], memory_state=state if memory else None)
-            state = output.memory_state
-            where = batch.targets[:, part], batch.scored[:, part]
-            right += correct(output.logits, *where)
-            loss += float(scored_cross_entropy(output.logits, *where))
-            total += int(batch.scored[:, part].sum())
-    model.train(was_training)
+    with evaluating(model):
+        for step in range(-(-examples // batch_size)):
+            batch = task.batch(batch_size, step, seed, split="test").to(device)
+            if not task.continues:
+                state = None
+            elif state is not None:
+                state = model.reset(state, batch.starts)
+            for piece in range(0, batch.tokens.shape[1], task.segment_length):
+                part = slice(piece, piece + task.segment_length)
+                output = model(batch.tokens[:, part], memory_state=state if memory else None)
+                state = output.memory_state
+                where = batch.targets[:, part], batch.scored[:, part]
+                right += correct(output.logits, *where)
+                loss += float(scored_cross_entropy(output.logits, *where))
+                total += int(batch.scored[:, part].sum())
     return Score(right / total, loss / total, total, task.chance)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from memlib.memory.hds import HdsMemory
+from memlib.models.evaluating import evaluating
 from memlib.models.transformer import MemoryTransformer
 from memlib.tasks import Task
 from memlib.tasks.scoring import correct
@@ -42,14 +43,13 @@ def recall_in_stream(model: MemoryTransformer, task: Task, episodes: int, rows: 
     Each of the `rows` streams goes on with a new example, which has facts of its own: what earlier ones left
     behind is in the way.
     """
-    was_training, state, accuracy = model.training, None, []
-    model.eval()
+    state, accuracy = None, []
     device = next(model.parameters()).device
-    for episode in range(episodes):
-        batch = task.batch(rows, episode, 0, split="test").to(device)
-        output = model(batch.tokens, memory_state=state)
-        state = output.memory_state
-        right = correct(output.logits, batch.targets, batch.scored)
-        accuracy.append(right / int(batch.scored.sum()))
-    model.train(was_training)
+    with evaluating(model):
+        for episode in range(episodes):
+            batch = task.batch(rows, episode, 0, split="test").to(device)
+            output = model(batch.tokens, memory_state=state)
+            state = output.memory_state
+            right = correct(output.logits, batch.targets, batch.scored)
+            accuracy.append(right / int(batch.scored.sum()))
     return accuracy

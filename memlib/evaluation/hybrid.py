@@ -16,6 +16,7 @@ from torch import Tensor
 from memlib.memory.external import Asked, ExternalMemory
 from memlib.memory.gates import SoftmaxFusion
 from memlib.models import MemoryTransformer
+from memlib.models.evaluating import evaluating
 from memlib.tasks import Batch, Task
 
 Plan = Callable[[Batch], Tensor]
@@ -41,13 +42,12 @@ def measure_hybrid(model: MemoryTransformer, task: Task, family: str, examples: 
     | learned                | the model as it is                                               |
     | without internal, …    | one source shut in the fusion, the others share its weight       |
     | always, never          | every token is searched for, none                                |
-    | oracle                 | tokens of the family are, and no others                  |
+    | oracle                 | tokens of the family are, and no others                          |
     | by lot                 | as many as the learned gate asks for, at random: the control     |
 
     Raises ValueError for a model that is no hybrid with a retrieval gate.
     """
-    retrieving = [m for m in model.modules() if isinstance(m, ExternalMemory) and m.retrieval is not None]
-    if not retrieving:
+    if not gated(model):
         raise ValueError(
             "this model has no retrieval gate: set memory.kinds: [internal, external] and "
             "memory.external.retrieval_gate: query"
@@ -61,39 +61,39 @@ def measure_hybrid(model: MemoryTransformer, task: Task, family: str, examples: 
     lots = torch.Generator().manual_seed(0)
     plans: dict[str, Plan] = {
         "always": lambda batch: torch.ones_like(batch.scored),
-        "oracle": lambda batch: (batch.tokens >= needed.start) & (batch.tokens < needed.stop),
+        "oracle": lambda batch: of_family(batch.tokens, needed),
         "by lot": lambda batch: torch.rand(batch.scored.shape, generator=lots) < learned.searched,
         "never": lambda batch: torch.zeros_like(batch.scored),
     }
     return rows + [measure(model, task, name, examples, plan) for name, plan in plans.items()]
 
 
-@torch.no_grad()
 def measure(
     model: MemoryTransformer, task: Task, name: str, examples: int = 256, plan: Plan | None = None
 ) -> Measured:
     """One row; with a plan, its word counts instead of the gates': who is searched for, [b t] true."""
-    model.eval()
     right: dict[str, int] = {}
     asked: dict[str, int] = {}
     searched = total = 0
     batch_size, n, seconds = min(64, examples), task.segment_length, 0.0
-    for step in range(-(-examples // batch_size)):
-        batch = task.batch(batch_size, step, split="test")
-        planned, state, hits = plan(batch) if plan else None, None, []
-        for start in range(0, batch.tokens.shape[1], n):
-            part = slice(start, start + n)
-            with decided(model, None if planned is None else planned[:, part]) as heard:
-                before = time.process_time()
-                output = model(batch.tokens[:, part], memory_state=state)
-                seconds += time.process_time() - before
-            state = output.memory_state
-            hits.append(output.logits.argmax(-1) == batch.targets[:, part])
-            searched += sum(int(search.sum()) for search in heard)
-            total += sum(search.numel() for search in heard)
-        for family, count, good in tally(task, batch, torch.cat(hits, 1)):
-            asked[family] = asked.get(family, 0) + count
-            right[family] = right.get(family, 0) + good
+    with evaluating(model), torch.no_grad():
+        for step in range(-(-examples // batch_size)):
+            batch = task.batch(batch_size, step, split="test")
+            planned, state, hits = plan(batch) if plan else None, None, []
+            for start in range(0, batch.tokens.shape[1], n):
+                part = slice(start, start + n)
+                asked_for = None if planned is None else planned[:, part]
+                with decided(model, asked_for) as heard:
+                    before = time.process_time()
+                    output = model(batch.tokens[:, part], memory_state=state)
+                    seconds += time.process_time() - before
+                state = output.memory_state
+                hits.append(output.logits.argmax(-1) == batch.targets[:, part])
+                searched += sum(int(search.sum()) for search in heard)
+                total += sum(search.numel() for search in heard)
+            for family, count, good in tally(task, batch, torch.cat(hits, 1)):
+                asked[family] = asked.get(family, 0) + count
+                right[family] = right.get(family, 0) + good
     accuracy = {family: right[family] / asked[family] for family in asked}
     return Measured(name, accuracy, searched / max(total, 1), seconds)
 
@@ -101,17 +101,26 @@ def measure(
 def tally(task: Task, batch: Batch, hit: Tensor) -> Iterator[tuple[str, int, int]]:
     """(family, scored positions at a token of it, hits among them); hit: [b t]."""
     for family in task.vocabulary.families:
-        tokens = task.vocabulary[family]
-        here = batch.scored & (batch.tokens >= tokens.start) & (batch.tokens < tokens.stop)
+        here = batch.scored & of_family(batch.tokens, task.vocabulary[family])
         if bool(here.any()):
             yield family, int(here.sum()), int(hit[here].sum())
+
+
+def gated(model: MemoryTransformer) -> list[ExternalMemory]:
+    """The model's external memories that have a retrieval gate."""
+    return [m for m in model.modules() if isinstance(m, ExternalMemory) and m.retrieval is not None]
+
+
+def of_family(tokens: Tensor, family: range) -> Tensor:
+    """Which tokens are of a family of the vocabulary: [b t] true."""
+    return (tokens >= family.start) & (tokens < family.stop)
 
 
 @contextmanager
 def decided(model: MemoryTransformer, plan: Tensor | None) -> Iterator[list[Tensor]]:
     """Inside, gates search where plan [b n] says, or as they are; yields who was searched for, by layer."""
     heard: list[Tensor] = []
-    memories = [m for m in model.modules() if isinstance(m, ExternalMemory) and m.retrieval is not None]
+    memories = gated(model)
 
     def deciding(memory: ExternalMemory) -> Callable[[Tensor], Asked]:
         own = memory.asks

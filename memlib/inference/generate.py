@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from memlib.inference.lanes import kept, lanes_of, read, row_states
 from memlib.inference.sampling import choose
 from memlib.models import MemoryState, MemoryTransformer
+from memlib.models.evaluating import evaluating
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 States = MemoryState | Sequence[MemoryState] | None
@@ -304,14 +304,3 @@ def one_each(generator: Generators, rows: int) -> list[torch.Generator | None]:
     if len(generator) != rows:
         raise ValueError(f"{len(generator)} generators for {rows} prompts: give one for all, or one for each")
     return list(generator)
-
-
-@contextmanager
-def evaluating(model: MemoryTransformer) -> Iterator[None]:
-    """The model without dropout and noise, and afterwards as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from memlib.inference.generate import GenerationConfig, TokenStream, evaluating
+from memlib.inference.generate import GenerationConfig, TokenStream
 from memlib.inference.lanes import lanes_of, read, row_states
 from memlib.inference.sampling import seeded
 from memlib.inference.states import load_state, save_state
 from memlib.inference.tokenizer import Tokenizer, decode, tokenizer_for
 from memlib.models import MemoryState, MemoryTransformer
+from memlib.models.evaluating import evaluating
 from memlib.models.stores import forget_streams
 
 

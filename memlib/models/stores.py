@@ -23,6 +23,7 @@ from memlib.memory.shelves import StoredState, StoreShelf
 from memlib.memory.stale import StaleKeys, stale_keys
 from memlib.memory.storage import MANIFEST, open_store, save_store
 from memlib.memory.store import Store
+from memlib.models.evaluating import evaluating
 from memlib.models.transformer import MemoryState, MemoryTransformer
 
 Stores = dict[int, Store]
@@ -100,13 +101,12 @@ def encoder_sketches(model: MemoryTransformer) -> dict[int, Tensor]:
     shelves = {place: [memory.shelf for memory in group] for place, group in memories.items()}
     n, vocab = model.config.model.segment_length, model.config.model.vocab_size
     tokens = torch.arange(n, device=model.embedding.weight.device) * max(1, vocab // n) % vocab
-    was_training = model.training
     detach_stores(model)
     try:
-        banks = model.eval()(tokens[None]).memory_state.banks
+        with evaluating(model):
+            banks = model(tokens[None]).memory_state.banks
         return {place: banks[place].keys[0, :, :n].cpu() for place in memories}
     finally:
-        model.train(was_training)
         for place, group in memories.items():
             for memory, shelf in zip(group, shelves[place], strict=True):
                 memory.shelf = shelf
