@@ -63,11 +63,6 @@ def whole(bank: MemoryBank) -> StandardMemoryBank:
     return kept
 
 
-def nbytes(bank: MemoryBank) -> int:
-    """Bytes of all that a bank stores, scales included."""
-    return sum(x.numel() * x.element_size() for x in (*bank.parameters(), *bank.buffers()))
-
-
 @torch.no_grad()
 def bytes_against_accuracy(
     model: MemoryTransformer,
@@ -107,7 +102,7 @@ def bytes_against_accuracy(
                 if b == 4 and rank is not None and rank % 2:
                     continue  # an odd row cannot be packed two to a byte
                 kept = compress(tokens, rank, b)
-                results.append(Compressed(rank, b, nbytes(kept), read_from(kept)))
+                results.append(Compressed(rank, b, kept.nbytes, read_from(kept)))
     finally:
         memory.bank = trained
     return results

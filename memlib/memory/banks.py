@@ -49,6 +49,11 @@ class MemoryBank(nn.Module, ABC):
     @abstractmethod
     def forward(self, index: Tensor | None = None) -> Tensor: ...
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is stored, a quantised bank's scales included."""
+        return sum(t.numel() * t.element_size() for t in (*self.parameters(), *self.buffers()))
+
     def extra_repr(self) -> str:
         return f"num_tokens={self.num_tokens}, dim={self.dim}"
 

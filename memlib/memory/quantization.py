@@ -158,11 +158,6 @@ class QuantizedMemoryBank(MemoryBank):
                 module.pack()
         return self
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all that is stored, scales included."""
-        return sum(t.numel() * t.element_size() for t in (*self.parameters(), *self.buffers()))
-
 
 def pack_memory_banks(model: nn.Module) -> int:
     """Pack every quantised bank in a model, for use and saving; returns how many there were."""

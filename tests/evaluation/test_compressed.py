@@ -5,7 +5,7 @@ import torch
 
 from memlib import MemoryTransformer, load_config
 from memlib.evaluation import evaluate
-from memlib.evaluation.compressed import bytes_against_accuracy, compress, low_rank, nbytes
+from memlib.evaluation.compressed import bytes_against_accuracy, compress, low_rank
 from memlib.memory.banks import FactorizedMemoryBank, StandardMemoryBank
 from memlib.memory.quantization import QuantizedMemoryBank
 from memlib.tasks import make_task
@@ -56,7 +56,7 @@ def test_bytes_are_those_of_the_formula(rank, bits, want):
     """A group of numbers has one scale of four bytes."""
     given = bank()
     kept = compress(given, rank, bits)
-    assert nbytes(kept) == want
+    assert kept.nbytes == want
     assert kept().shape == given().shape and (bits == 32 or isinstance(kept, QuantizedMemoryBank))
     if rank is None and bits == 32:
         assert torch.equal(kept(), given())

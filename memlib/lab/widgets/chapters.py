@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from memlib.lab.trace import Trace
-from memlib.lab.widgets.frame import stream_group
-from memlib.lab.widgets.strips import strips
-from memlib.lab.widgets.text import words_of
+from memlib.lab.widgets.strips import token_strips
 from memlib.lab.widgets.view import View
 
 
@@ -26,11 +24,5 @@ def chapters_over_time(
     ones count, zero for the others. word: a token id as a person reads it (a task's `name_of`).
     """
     values = trace[f"{memory}.{point}"].at(layer=layer, batch=row).values
-    return strips(
-        {f"chapter {c}": values[:, c] for c in range(values.shape[1])},
-        words_of(trace, word, row),
-        f"Chapters over time: {point}",
-        unit="token",
-        segment_length=segment_length,
-        group=stream_group(trace, row),
-    )
+    lines = {f"chapter {c}": values[:, c] for c in range(values.shape[1])}
+    return token_strips(trace, lines, f"Chapters over time: {point}", word, row, segment_length)

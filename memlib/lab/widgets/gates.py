@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 
 from memlib.lab.measures import per_token
 from memlib.lab.trace import Trace
-from memlib.lab.widgets.frame import stream_group
-from memlib.lab.widgets.strips import strips
-from memlib.lab.widgets.text import words_of
+from memlib.lab.widgets.strips import token_strips
 from memlib.lab.widgets.view import View
 
 
@@ -33,15 +31,7 @@ def fusion_over_time(
     for label, name in (("retrieval gate", "external.retrieval"), ("searched for", "external.search")):
         if name in trace:
             lines[label] = per_token(trace, name, row, layer)
-    return strips(
-        lines,
-        words_of(trace, word, row),
-        "Whom a token listens to",
-        unit="token",
-        segment_length=segment_length,
-        group=stream_group(trace, row),
-        gates=True,
-    )
+    return token_strips(trace, lines, "Whom a token listens to", word, row, segment_length, gates=True)
 
 
 def gates_over_time(
@@ -60,12 +50,4 @@ def gates_over_time(
         label, layers = name.rsplit(".", 1)[-1], trace.layers.get(name, [0])
         for i, layer in enumerate(layers):
             lines[f"{label}, layer {layer}" if len(layers) > 1 else label] = per_token(trace, name, row, i)
-    return strips(
-        lines,
-        words_of(trace, word, row),
-        "Gates over time",
-        unit="token",
-        segment_length=segment_length,
-        group=stream_group(trace, row),
-        gates=True,
-    )
+    return token_strips(trace, lines, "Gates over time", word, row, segment_length, gates=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from memlib.lab.pictures import borders, colour_of
+from memlib.lab.trace import Trace
+from memlib.lab.widgets.frame import stream_group
+from memlib.lab.widgets.text import words_of
 from memlib.lab.widgets.view import View
 
 SHUT, OPEN = 0.05, 0.95
@@ -61,6 +64,27 @@ def strips(
         },
         group=group,
         page=segment_length or 10,
+    )
+
+
+def token_strips(
+    trace: Trace,
+    lines: Mapping[str, np.ndarray],
+    title: str,
+    word: Callable[[int], str],
+    row: int,
+    segment_length: int,
+    gates: bool = False,
+) -> View:
+    """Strips over the tokens of one recorded stream; lines: by name, each [n]."""
+    return strips(
+        lines,
+        words_of(trace, word, row),
+        title,
+        unit="token",
+        segment_length=segment_length,
+        group=stream_group(trace, row),
+        gates=gates,
     )
 
 
