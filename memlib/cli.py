@@ -117,6 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--examples", type=int, default=128)
     command.add_argument("--json", type=Path, help="also write the results here")
     command.set_defaults(run=hybrid)
+
     command = commands.add_parser("stream", help="feed a long stream: do memory and speed stay flat?")
     command.add_argument(
         "words", nargs="+", metavar="CONFIG | path=value", help="YAML files or presets, and changes to all"
@@ -159,6 +160,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 def read_config(name: str, changes: list[str]) -> Config:
     return override(load_config(name), parse_overrides(changes))
+
+
+def seed_folders(runs: list[Path]) -> list[Path]:
+    """Each run's seeds, or the run itself where it has none."""
+    return [seed for run in runs for seed in (sorted(run.glob("seed-*")) or [run])]
+
+
+def write_rows(rows: object, path: Path | None) -> None:
+    """Write what was measured as JSON, where that is asked for; dataclasses become mappings."""
+    import json
+    from dataclasses import asdict
+
+    from memlib.files import write_text
+
+    if path:
+        write_text(path, json.dumps(rows, indent=1, default=asdict) + "\n")
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -236,16 +253,8 @@ def generate(arguments: argparse.Namespace) -> int:
 
 
 def table(arguments: argparse.Namespace) -> int:
-    from memlib.training.comparison import (
-        LENGTHS,
-        MEASURES,
-        PREPARED,
-        compare,
-        named_comparison,
-        summary,
-        to_markdown,
-        write_json,
-    )
+    from memlib.training.comparison import compare, summary, to_markdown, write_json
+    from memlib.training.studies import LENGTHS, MEASURES, PREPARED, named_comparison
 
     configs = named_comparison(arguments.name)
     segments = arguments.segments or LENGTHS.get(arguments.name, [4, 6, 32])
@@ -259,12 +268,8 @@ def table(arguments: argparse.Namespace) -> int:
 
 
 def compress(arguments: argparse.Namespace) -> int:
-    import json
-    from dataclasses import asdict
-
     from memlib.evaluation.compressed import bytes_against_accuracy, compressed_table
     from memlib.evaluation.table import markdown
-    from memlib.files import write_text
     from memlib.training.trainer import load_run
 
     results = []
@@ -272,19 +277,13 @@ def compress(arguments: argparse.Namespace) -> int:
         trainer = load_run(folder)
         results.append(bytes_against_accuracy(trainer.model, trainer.task, examples=arguments.examples))
     print(markdown(*compressed_table(results)))
-    if arguments.json:
-        runs = [[asdict(row) for row in rows] for rows in results]
-        write_text(arguments.json, json.dumps(runs, indent=1) + "\n")
+    write_rows(results, arguments.json)
     return 0
 
 
 def retrieval(arguments: argparse.Namespace) -> int:
-    import json
-    from dataclasses import asdict
-
     from memlib.evaluation import retrieval as measured
     from memlib.evaluation.table import markdown
-    from memlib.files import write_text
     from memlib.training.trainer import load_run
 
     names = arguments.index or list(measured.INDEXES)
@@ -293,56 +292,36 @@ def retrieval(arguments: argparse.Namespace) -> int:
     if arguments.folder is None:
         measure = [measured.measure_index(n, keys, arguments.dim) for keys in arguments.keys for n in names]
         print(markdown(*measured.index_table(measure)))
-        results = [asdict(result) for result in measure]
+        write_rows(measure, arguments.json)
     else:
         trainer = load_run(arguments.folder)
-        task = trainer.make_task(
-            override(trainer.config.task, {"segments": arguments.segments, "segments_min": None})
-        )
+        task = trainer.task_with(segments=arguments.segments)
         by_task = measured.measure_task(trainer.model, task, names, arguments.examples)
         print(markdown(*measured.task_table(by_task)))
-        results = [asdict(result) for result in by_task]
-    if arguments.json:
-        write_text(arguments.json, json.dumps(results, indent=1) + "\n")
+        write_rows(by_task, arguments.json)
     return 0
 
 
 def hybrid(arguments: argparse.Namespace) -> int:
-    import json
-    from dataclasses import asdict
-
     from memlib.evaluation.hybrid import hybrid_table, measure_hybrid
     from memlib.evaluation.table import markdown
-    from memlib.files import write_text
     from memlib.training.trainer import load_run
 
     results = {}
     for folder in seed_folders(arguments.runs):
         trainer = load_run(folder)
-        task = trainer.make_task(
-            override(trainer.config.task, {"segments": arguments.segments, "segments_min": None})
-        )
+        task = trainer.task_with(segments=arguments.segments)
         rows = measure_hybrid(trainer.model, task, arguments.family, arguments.examples)
         print(f"{folder}, {arguments.segments} segments\n\n{markdown(*hybrid_table(rows))}\n")
-        results[f"{folder.parent.name}/{folder.name}"] = [asdict(row) for row in rows]
-    if arguments.json:
-        write_text(arguments.json, json.dumps(results, indent=1) + "\n")
+        results[f"{folder.parent.name}/{folder.name}"] = rows
+    write_rows(results, arguments.json)
     return 0
 
 
-def seed_folders(runs: list[Path]) -> list[Path]:
-    """Each run's seeds, or the run itself where it has none."""
-    return [seed for run in runs for seed in (sorted(run.glob("seed-*")) or [run])]
-
-
 def stream(arguments: argparse.Namespace) -> int:
-    import json
-    from dataclasses import asdict
-
     from memlib.evaluation import stream as measured
     from memlib.evaluation.retrieval import named_index
     from memlib.evaluation.table import markdown
-    from memlib.files import write_text
 
     names = [word for word in arguments.words if "=" not in word]
     changes = [word for word in arguments.words if "=" in word]
@@ -359,8 +338,7 @@ def stream(arguments: argparse.Namespace) -> int:
             )
             print(f"{name} {search}: {results[-1].cpu_seconds:.0f} CPU-s", file=sys.stderr)
     print(markdown(*measured.stream_table(results)))
-    if arguments.json:
-        write_text(arguments.json, json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    write_rows(results, arguments.json)
     complaints = [f"{r.name} {r.search}: {what}" for r in results for what in r.unsteady()]
     print("\n".join(["", *complaints] if complaints else ["", "flat: memory, speed, and the copy's logits"]))
     return 1 if complaints else 0

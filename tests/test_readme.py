@@ -9,7 +9,8 @@ import pytest
 from memlib.config import load_config
 from memlib.models import MemoryTransformer
 from memlib.models.info import count_parameters
-from memlib.training.comparison import COMPARISONS, read_json, summary
+from memlib.training.comparison import read_json, summary
+from memlib.training.studies import COMPARISONS
 
 ROOT = Path(__file__).parents[1]
 

@@ -191,6 +191,10 @@ class Trainer:
         task.test_rows(1)
         return task
 
+    def task_with(self, **changes: Any) -> Task:
+        """The run's task with other options and one length, e.g. `task_with(segments=32)`."""
+        return self.make_task(override(self.config.task, {"segments_min": None, **changes}))
+
     def task_at(self, step: int) -> Task:
         """The task as the curriculum has it at a step."""
         begun = [task for first, task in self.stages if first <= step]

@@ -12,7 +12,7 @@ from memlib.evaluation.chapters import (
     topics_and_chapters,
 )
 from memlib.tasks import make_task
-from memlib.training.comparison import lean
+from memlib.training.studies import lean
 
 CONFIG = load_config("topics_routed")
 

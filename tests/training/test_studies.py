@@ -7,7 +7,8 @@ import pytest
 
 from memlib.models import MemoryTransformer
 from memlib.models.info import count_parameters
-from memlib.training.comparison import RATIOS, STUDIES, named_comparison, read_json
+from memlib.training.comparison import read_json
+from memlib.training.studies import RATIOS, STUDIES, named_comparison
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
