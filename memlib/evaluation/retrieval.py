@@ -91,7 +91,7 @@ def measure_index(
     stream, cursor = store.append(store.new_stream(), 0, stored, stored)
 
     def search() -> Tensor:
-        return store.search(stream, cursor, query, top_k).serial[0]
+        return store.search(stream, cursor, query, top_k, keys=False).serial[0]
 
     before = time.perf_counter()
     found = search()

@@ -1,8 +1,9 @@
 """Nearest-neighbour indexes: FAISS's flat, IVF, IVF-PQ and HNSW behind one small face.
 
-An index is a pure function of the vectors it covers, in their order: it takes them in blocks of `BLOCK`
-and is trained on a prefix whose length depends on nothing but their number. So it can be thrown away,
-saved or rebuilt at any time, and a copy of a store answers exactly as the original does.
+An index is a pure function of the vectors it covers, in their order: it is trained on a prefix whose
+length depends on nothing but their number, and HNSW, whose graph depends on what is added together, takes
+whole blocks of `BLOCK`. So it can be thrown away, saved or rebuilt at any time, and a copy of a store
+answers exactly as the original does.
 
 All indexes search by inner product. Source: Johnson et al. 2017, arXiv 1702.08734 (FAISS); Malkov and
 Yashunin 2016, arXiv 1603.09320 (HNSW); Jégou et al. 2011 (product quantisation).
@@ -14,10 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from memlib.config import IndexConfig
 
-BLOCK = 64  # vectors are added in whole blocks; what is newer is searched exactly by the store
+BLOCK = 64  # vectors that are added at once
 LEAST = 256  # vectors that an index begins with and is first trained on
 
 
@@ -34,12 +37,12 @@ class SearchIndex:
         return 0 if self.faiss is None else self.faiss.ntotal
 
     def cover(self, total: int, rows: Callable[[int, int], np.ndarray]) -> None:
-        """Take in the whole blocks of `total` vectors; rows(start, stop) gives some: [m k] float32.
+        """Take in `total` vectors, HNSW their whole blocks; rows(start, stop) gives some: [m k] float32.
 
         An index that is trained (IVF) is trained on the first LEAST * 2^i vectors, as many as there are,
         and anew when i has grown: lists that fitted a thousand vectors serve a million badly.
         """
-        end = total // BLOCK * BLOCK
+        end = total // BLOCK * BLOCK if self.config.kind == "hnsw" else total
         if end < LEAST or end <= self.size:
             return
         wanted = LEAST << (end // LEAST).bit_length() - 1
@@ -47,17 +50,22 @@ class SearchIndex:
             self.faiss, self.trained_on = make_index(self.config, self.dim, wanted), wanted
             self.faiss.train(rows(0, wanted))
         for start in range(self.size, end, BLOCK):
-            self.faiss.add(rows(start, start + BLOCK))
+            self.faiss.add(rows(start, min(start + BLOCK, end)))
 
     def search(
-        self, query: np.ndarray, k: int, visible: np.ndarray | None = None
+        self,
+        query: np.ndarray,
+        k: int,
+        visible: np.ndarray | None = None,
+        into: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores and places of the k best of each query among the covered, -1 for none: [n k] each.
 
-        query: [n k] float32; visible: [size] bool, the places that may come back, or None for all.
+        query: [n k] float32; visible: [size] bool, the places that may come back, or None for all;
+        into: where to write the answer, float32 and int64.
         """
         selector = None if visible is None else select(visible)
-        return self.faiss.search(query, k, params=self.parameters(k, selector))
+        return self.faiss.search(query, k, params=self.parameters(k, selector), D=into[0], I=into[1])
 
     def parameters(self, k: int, selector: Any = None) -> Any:
         """How FAISS is to search for the k best."""
@@ -119,6 +127,20 @@ def select(visible: np.ndarray) -> Any:
     if last - first + 1 == len(places):
         return faiss.IDSelectorRange(first, last + 1)
     return faiss.IDSelectorBitmap(np.packbits(visible, bitorder="little"))
+
+
+def products_at(query: Tensor, rows: Tensor, place: Tensor) -> Tensor:
+    """Inner products of queries and the rows at their places, in float32; -inf where a place is -1.
+
+    query: [h n k], rows: [r k], place: [h n j] -> [h n j]. FAISS reads each row where it lies: on a CPU,
+    gathering them first takes three times as long.
+    """
+    faiss = library()
+    product = np.empty(place.shape, np.float32)
+    arrays = product, *(np.ascontiguousarray(t.numpy()) for t in (query, rows, place))
+    pointers = (faiss.swig_ptr(array) for array in arrays)
+    faiss.fvec_inner_products_by_idx(*pointers, rows.shape[-1], query[..., 0].numel(), place.shape[-1])
+    return torch.from_numpy(product)
 
 
 def library() -> Any:

@@ -216,17 +216,21 @@ class StoreShelf:
         )
 
     def find(self, query: Tensor, state: StoredState) -> Found:
+        # The search's own scores will do, but for a gradient or another precision than theirs.
+        theirs = not query.requires_grad and query.dtype == self.store.dtype == torch.float32
         rows = [
-            self.store.search(stream, cursor, asked, self.config.top_k)
+            self.store.search(stream, cursor, asked, self.config.top_k, keys=not theirs)
             for stream, cursor, asked in zip(
                 state.stream.tolist(), state.cursor.tolist(), query.detach().cpu(), strict=True
             )
         ]
         serial = torch.stack([hits.serial for hits in rows]).to(query.device)
-        keys, values = (
-            torch.stack([getattr(hits, name) for hits in rows]).to(query) for name in ("keys", "values")
-        )
-        cosine = einsum(query, keys, "b h n k, b h n j k -> b h n j")
+        values = torch.stack([hits.values for hits in rows]).to(query)
+        if theirs:
+            cosine = torch.stack([hits.score for hits in rows]).to(query)
+        else:
+            keys = torch.stack([hits.keys for hits in rows if hits.keys is not None]).to(query)
+            cosine = einsum(query, keys, "b h n k, b h n j k -> b h n j")
         return Found(cosine, serial, values, serial)
 
     def file(

@@ -8,8 +8,8 @@ have written on; a write at a cursor that is not the end goes on in a copy of th
 a model whose memory is a store still obeys the laws: its state is two integers for each row.
 
 Search is exact by torch below `index.exact_below` rows. Above, a FAISS index for each stream and head
-proposes candidates, what is newer than its last whole block is compared exactly, and all candidates are
-ranked by their true scores. With chunk > 1 the mean of a chunk's keys is searched and whole chunks come
+proposes candidates, what it does not cover yet is compared exactly, and all candidates are ranked by
+their true scores. With chunk > 1 the mean of a chunk's keys is searched and whole chunks come
 back (LongMem); a chunk is found once it is complete.
 
 A store lives in memory; memlib.memory.storage saves it, and opens it with its rows still on disk.
@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memlib.config import IndexConfig
-from memlib.memory.index import LEAST, SearchIndex
+from memlib.memory.index import LEAST, SearchIndex, products_at
 from memlib.memory.search import chunk_places, exact_search
-from memlib.memory.stream import NEVER, Column, Shape, Stream
+from memlib.memory.stream import NEVER, Column, Shape, Stream, lines_of_heads
 
 
 class StoreError(RuntimeError):
@@ -38,11 +38,14 @@ class StoreError(RuntimeError):
 
 
 class Hits(NamedTuple):
-    """What came back: serial [h n j], -1 where nothing did; keys, values [h n j k]."""
+    """What came back, best first: serial [h n j], -1 where nothing did; score, the inner product with
+    the query: [h n j]; values, keys: [h n j k]. keys: None where they were not asked for.
+    """
 
     serial: Tensor
-    keys: Tensor
+    score: Tensor
     values: Tensor
+    keys: Tensor | None
 
 
 class Store:
@@ -65,6 +68,11 @@ class Store:
         return sum(int(stream.live.sum()) for stream in self.streams.values())
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of keys, values and scores."""
+        return getattr(torch, self.shape.dtype)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all streams' columns, in memory and in files."""
         return sum(stream.nbytes for stream in self.streams.values())
@@ -85,7 +93,9 @@ class Store:
         """The stream, once it is sure that it can be read at this cursor."""
         if not 0 <= number < self.next_stream:
             raise StoreError(f"stream {number}: this store has given out 0 … {self.next_stream - 1}")
-        stream = self.streams.setdefault(number, self.empty())
+        if number not in self.streams:
+            self.streams[number] = self.empty()
+        stream = self.streams[number]
         if not stream.forgotten <= cursor <= stream.length:
             raise StoreError(
                 f"stream {number} at {cursor}: readable from {stream.forgotten} to {stream.length}; "
@@ -183,36 +193,40 @@ class Store:
     # ---------------------------------------------------------------------------------------- reading
 
     @torch.no_grad()
-    def search(self, number: int, cursor: int, query: Tensor, top_k: int) -> Hits:
+    def search(self, number: int, cursor: int, query: Tensor, top_k: int, keys: bool = True) -> Hits:
         """The top_k rows nearest to each query, best first, as a reader at this cursor sees them.
 
         query: [h n k] -> always top_k hits, serial -1 where there are fewer rows. top_k is a multiple
-        of the chunk. Raises StoreError for a cursor that cannot be read.
+        of the chunk. keys: whether the hits' keys are wanted, which only a gradient through the scores
+        needs. Raises StoreError for a cursor that cannot be read.
         """
         stream, c = self.at(number, cursor), self.shape.chunk
-        query = query.to(stream.keys.buffer.dtype)
-        place = self.nearest(stream, cursor, query, top_k // c)
-        place = F.pad(place, (0, top_k // c - place.shape[-1]), value=-1)
-        return self.hits(stream, place if c == 1 else chunk_places(place, c))
-
-    def hits(self, stream: Stream, place: Tensor) -> Hits:
-        """Serials, keys and values of places: [h n j], -1 for none."""
-        h, n, j = place.shape
-        if not len(stream.serial):
-            nothing = stream.keys.buffer
-            empty = (nothing.new_zeros(h, n, j, d) for d in (self.shape.key_dim, self.shape.value_dim))
-            return Hits(place, *empty)
-        there = place if bool((place >= 0).all()) else place.clamp(min=0)
-        flat = rearrange(there, "h n j -> h (n j)")
-        keys, values = (
-            rearrange(column.take(flat), "h (n j) k -> h n j k", n=n)
-            for column in (stream.keys, stream.values)
-        )
+        query = query.to(self.dtype)
+        score, place = self.nearest(stream, cursor, query, top_k // c)
+        if c > 1:
+            place = chunk_places(place, c)
+            score = self.true_scores(stream.keys, query, place)
+        missing = top_k - place.shape[-1]
+        if missing:
+            score, place = F.pad(score, (0, missing)), F.pad(place, (0, missing), value=-1)
+        there, none = place, place < 0
+        if bool(none.any()):
+            there, score = place.clamp(min=0), score.masked_fill(none, -torch.inf)
         serial = stream.serials(there)
-        return Hits(serial if there is place else serial.masked_fill_(place < 0, -1), keys, values)
+        return Hits(
+            serial if there is place else serial.masked_fill_(none, -1),
+            score,
+            self.rows_at(stream.values, there),
+            self.rows_at(stream.keys, there) if keys else None,
+        )
 
-    def nearest(self, stream: Stream, cursor: int, query: Tensor, top_k: int) -> Tensor:
-        """Places among the searched rows (chunks) of the nearest ones, -1 for none: [h n j]."""
+    def rows_at(self, column: Column, place: Tensor) -> Tensor:
+        """Head by head the rows at places: [h n j] -> [h n j k]; zeros in an empty column."""
+        rows = column.take(rearrange(place, "h n j -> h (n j)"))
+        return rearrange(rows, "h (n j) k -> h n j k", n=place.shape[1])
+
+    def nearest(self, stream: Stream, cursor: int, query: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """The nearest of the searched rows (chunks), best first: scores and places, -1 for none: [h n j]."""
         rows, c = len(stream.means), self.shape.chunk
         seen = stream.visible(cursor)
         if c > 1 and seen is not None:
@@ -221,18 +235,23 @@ class Store:
             return self.nearest_exactly(stream, seen, query, top_k)
         return self.nearest_by_index(stream, seen, query, top_k)
 
-    def nearest_exactly(self, stream: Stream, seen: Tensor | None, query: Tensor, top_k: int) -> Tensor:
-        """Places of the nearest rows, by comparing all of them."""
+    def nearest_exactly(
+        self, stream: Stream, seen: Tensor | None, query: Tensor, top_k: int
+    ) -> tuple[Tensor, Tensor]:
+        """The nearest rows, by comparing all of them."""
         scores = [einsum(query, piece, "h n k, r h k -> h n r") for piece in stream.means.pieces()]
         if not scores:
-            return torch.empty(*query.shape[:2], 0, dtype=torch.int64)
+            return query[..., :0], torch.empty(*query.shape[:2], 0, dtype=torch.int64)
         score = rearrange(torch.cat(scores, -1), "h n r -> 1 h n r")
         serial = stream.serial.newest[:: self.shape.chunk][: score.shape[-1]]
         if seen is not None:
             serial = torch.where(seen, serial, -1)
-        return exact_search(score, rearrange(serial, "r -> 1 r"), min(top_k, len(serial)))[0]
+        place = exact_search(score, rearrange(serial, "r -> 1 r"), min(top_k, len(serial)))[0]
+        return score[0].gather(-1, place.clamp(min=0)), place
 
-    def nearest_by_index(self, stream: Stream, seen: Tensor | None, query: Tensor, top_k: int) -> Tensor:
+    def nearest_by_index(
+        self, stream: Stream, seen: Tensor | None, query: Tensor, top_k: int
+    ) -> tuple[Tensor, Tensor]:
         """The nearest of what an index for each head proposes and of the rows it does not cover yet."""
         if not stream.indexes:
             stream.indexes = [SearchIndex(self.index, self.shape.key_dim) for _ in range(self.shape.heads)]
@@ -241,25 +260,34 @@ class Store:
         for head, index in enumerate(stream.indexes):
             index.cover(len(stream.means), partial(head_rows, stream.means, head))
             mask = None if seen is None else seen[: index.size].numpy()
-            found = index.search(query[head].float().numpy(), top_k, mask)
-            score[head], place[head] = (torch.from_numpy(part) for part in found)
-        if self.index.kind == "ivfpq":  # its scores are of compressed keys
-            score = self.true_scores(stream, query, place)
-        score = score.to(query.dtype).masked_fill_(place < 0, -torch.inf)
+            into = score[head].numpy(), place[head].numpy()
+            index.search(query[head].float().numpy(), top_k, mask, into)
         covered, rows = stream.indexes[0].size, len(stream.means)
-        newer = torch.arange(covered, rows)
-        if seen is not None:
-            newer = torch.where(seen[covered:], newer, -1)
-        newer_score = einsum(query, stream.means.rows(covered, rows), "h n k, r h k -> h n r")
-        newer_score.masked_fill_(newer < 0, -torch.inf)
-        place = torch.cat((place, newer.expand_as(newer_score)), -1)
-        return place.gather(-1, torch.cat((score, newer_score), -1).topk(top_k, -1).indices)
+        if self.index.kind == "ivfpq":  # its scores are of compressed keys
+            score = self.true_scores(stream.means, query, place)
+        elif covered == rows:
+            return score, place
+        if covered < rows:
+            newer = torch.arange(covered, rows)
+            if seen is not None:
+                newer = torch.where(seen[covered:], newer, -1)
+            newer_score = einsum(query, stream.means.rows(covered, rows), "h n k, r h k -> h n r")
+            score = torch.cat((score, newer_score.masked_fill_(newer < 0, -torch.inf)), -1)
+            place = torch.cat((place, newer.expand_as(newer_score)), -1)
+        score, best = score.topk(top_k, -1)
+        return score, place.gather(-1, best)
 
-    def true_scores(self, stream: Stream, query: Tensor, place: Tensor) -> Tensor:
-        """Inner products of queries and the rows at places: [h n k], [h n j] -> [h n j]."""
-        keys = stream.means.take(rearrange(place.clamp(min=0), "h n j -> h (n j)"))
-        keys = rearrange(keys, "h (n j) k -> h n j k", n=query.shape[1])
-        return einsum(query, keys, "h n k, h n j k -> h n j")
+    def true_scores(self, column: Column, query: Tensor, place: Tensor) -> Tensor:
+        """Inner products of queries and the rows at places, -inf for none: [h n k], [h n j] -> [h n j]."""
+        none, pieces = place < 0, list(column.pieces())
+        if query.dtype == torch.float32 and len(pieces) == 1:
+            rows, lines = rearrange(pieces[0], "r h k -> (r h) k"), lines_of_heads(place)
+            return products_at(query, rows, lines.masked_fill(none, -1))
+        rows = self.rows_at(column, place.clamp(min=0))
+        if query.dtype == torch.float32:  # to the last bit what the same rows give in one piece
+            lines = torch.arange(place.numel()).view_as(place).masked_fill(none, -1)
+            return products_at(query, rearrange(rows, "h n j k -> (h n j) k"), lines)
+        return einsum(query, rows, "h n k, h n j k -> h n j").masked_fill_(none, -torch.inf)
 
     def weights(self, number: int, cursor: int, serial: Tensor, weight: Tensor) -> Tensor:
         """The weight with which each row came back, for `append`; serial, weight: [h n j] -> [r]."""

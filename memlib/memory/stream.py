@@ -78,11 +78,10 @@ class Column:
 
     def take(self, place: Tensor) -> Tensor:
         """Head h's part of the rows it asks for; of rows [h k], place: [h x] -> [h x k]."""
-        heads = rearrange(torch.arange(len(place)), "h -> h 1")
         found, first = None, 0
         for piece in self.pieces():
             inside = (place - first).clamp_(0, len(piece) - 1) if self.mapped else place
-            lines = rearrange(inside * len(place) + heads if len(place) > 1 else inside, "h x -> (h x)")
+            lines = rearrange(lines_of_heads(inside), "h x -> (h x)")
             part = rearrange(piece, "r h k -> (r h) k").index_select(0, lines)
             part = rearrange(part, "(h x) k -> h x k", h=len(place))
             if found is None:
@@ -91,6 +90,15 @@ class Column:
                 found = torch.where(rearrange(place >= first, "h x -> h x 1"), part, found)
             first += len(piece)
         return self.buffer.new_zeros(*place.shape, self.buffer.shape[-1]) if found is None else found
+
+
+def lines_of_heads(place: Tensor) -> Tensor:
+    """Where head h's part of each row stands once rows [r h k] are lines [(r h) k]: [h ...] -> [h ...]."""
+    if len(place) == 1:
+        return place
+    return rearrange(
+        rearrange(place, "h ... -> ... h") * len(place) + torch.arange(len(place)), "... h -> h ..."
+    )
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,8 @@ class Stream:
     def serials(self, place: Tensor) -> Tensor:
         """Which tokens of the stream stand at places; a sum, not a look-up, where none is missing."""
         serial = self.serial.newest
+        if not len(serial):
+            return place
         first, last = int(serial[0]), int(serial[-1])
         return place + first if last - first + 1 == len(serial) else serial[place]
 

@@ -74,7 +74,7 @@ def test_an_index_is_a_function_of_its_vectors_however_they_came(kind):
         built(kind, stored),
         built(kind, stored, [10, LEAST + 3, LEAST + 70, 2 * LEAST, len(stored)]),
     )
-    assert at_once.size == in_steps.size == 4 * LEAST
+    assert at_once.size == in_steps.size == (4 * LEAST if kind == "hnsw" else len(stored))
     np.testing.assert_array_equal(at_once.to_bytes(), in_steps.to_bytes())
 
 

@@ -68,11 +68,29 @@ def test_every_index_finds_a_key_that_was_stored(kind):
     assert torch.equal(found.serial[..., 0], torch.tensor([asked] * H))
 
 
+@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", ["torch", "flat", "ivf", "ivfpq", "hnsw"])
+def test_scores_are_the_products_of_queries_and_the_keys_that_came_back(kind, dtype, chunk):
+    """By every way of searching, for rows the index covers and for newer ones; and best first."""
+    options = {"exact_below": 10**9} if kind == "torch" else {"kind": kind, "exact_below": 0}
+    made, *_ = filled(2 * LEAST + 6, dtype=dtype, chunk=chunk, **options)
+    query = items(5, seed=2)
+    found = made.search(0, 2 * LEAST + 6, query, 8)
+    want = torch.einsum("hnk,hnjk->hnj", query.to(found.keys), found.keys)
+    torch.testing.assert_close(found.score.to(want), want, atol=1e-6, rtol=1e-6)
+    if chunk == 1:
+        assert (found.score.diff(dim=-1) <= TIE).all()
+    spared = made.search(0, 2 * LEAST + 6, query, 8, keys=False)
+    assert spared.keys is None and all(torch.equal(a, b) for a, b in zip(found[:3], spared[:3], strict=True))
+
+
 def test_an_empty_stream_returns_nothing_of_the_right_shape():
     made = store()
     found = made.search(made.new_stream(), 0, items(5), 3)
     assert (found.serial == -1).all()
-    assert [t.shape for t in found] == [(H, 5, 3), (H, 5, 3, K), (H, 5, 3, V)]
+    assert [t.shape for t in found] == [(H, 5, 3), (H, 5, 3), (H, 5, 3, V), (H, 5, 3, K)]
+    assert found.score.isneginf().all()
 
 
 def test_streams_never_return_each_others_rows():
