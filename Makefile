@@ -39,8 +39,8 @@ lab: $(ENV) ## Open the lab in a browser; options: LAB_ARGS="--no-browser --port
 	@JUPYTER_CONFIG_PATH="$(CURDIR)/environment/jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
 		exec $(BIN)/python -m jupyterlab $(LAB_ARGS)
 
-# In CI nothing is skipped for lack of a browser.
-test: $(ENV) $(if $(CI),browser) ## Run every test and every notebook; options: PYTEST_ARGS="-k recall"
+# In CI nothing is skipped for lack of a browser or of a library to compare with.
+test: $(ENV) $(if $(CI),browser extras) ## Run every test and every notebook; options: PYTEST_ARGS="-k recall"
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
 		$(PYTEST_ARGS) tests $(wildcard notebooks)
 
@@ -95,7 +95,7 @@ browser: .venv/.locked-browser ## Add what the browser tests need: Playwright, a
 .venv/.locked-browser: $(ENV) environment/browser.txt
 	@bash environment/env.sh browser
 
-extras: .venv/.locked-extras ## Add what pretrained models need to .venv
+extras: .venv/.locked-extras ## Add what pretrained models need, and the libraries tests compare with
 
 .venv/.locked-extras: $(ENV) environment/extras.txt
 	@bash environment/env.sh extras

@@ -85,7 +85,7 @@ if [ "$1" = browser ]; then
 fi
 
 if [ "$1" = extras ]; then
-    step "packages for pretrained models" install extras.txt
+    step "packages for pretrained models and comparisons" install extras.txt
     step "compile them" compile
     step "check that all fit together" "$python" -m pip check
     touch .venv/.locked-extras

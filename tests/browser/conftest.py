@@ -42,28 +42,21 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.browser)
 
 
-def lacking(what: str) -> None:
-    reason = f"no {what}: `make browser` installs it"
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
 @pytest.fixture(scope="module")  # not longer: while it lives, no other test can start an event loop
-def chromium():
+def chromium(lacking):
     """Chromium, once a file."""
     with contextlib.suppress(ImportError):
         from playwright.sync_api import sync_playwright
 
         executable = next(filter(None, map(shutil.which, CHROMIUM)), None)
         if executable is None:
-            lacking("Chromium")
+            lacking("Chromium", "make browser")
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=executable, args=FLAGS)
             yield browser
             browser.close()
         return
-    lacking("Playwright")
+    lacking("Playwright", "make browser")
 
 
 @pytest.fixture

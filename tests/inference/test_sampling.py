@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memlib.inference.sampling import choose, keep_top_k, keep_top_p, probabilities, seeded
@@ -60,6 +60,18 @@ def test_temperature_comes_first_then_top_k_then_top_p(row, temperature, k, p):
     left = naive_top_p(naive_top_k(hot, k), p - 1e-9)
     got = probabilities(double(row), temperature, k, p)[0]
     torch.testing.assert_close(got, double(softmax(left))[0])
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ROWS, st.sampled_from([0.25, 1.0, 3.0]), st.integers(1, 12), st.sampled_from([0.31, 0.77, 0.95]))
+def test_the_same_as_transformers_processors(peer, row, temperature, k, p):
+    """temperature, top-k, top-p, in the order in which its `generate` applies them."""
+    hf = peer("transformers.generation.logits_process")
+    row = [x + 1e-3 * i * i for i, x in enumerate(row)]  # of equals theirs keeps the last, ours the first
+    want = hf.TemperatureLogitsWarper(temperature)(None, double(row))
+    want = hf.TopKLogitsWarper(k)(None, want)
+    want = torch.softmax(hf.TopPLogitsWarper(p)(None, want), -1)
+    torch.testing.assert_close(probabilities(double(row), temperature, k, p), want)
 
 
 def test_the_order_matters():

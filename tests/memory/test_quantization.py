@@ -102,6 +102,45 @@ def test_eight_bits_against_torchs_stored_kind():
 
 
 @both
+@pytest.mark.parametrize("group_size", [16, 64])
+def test_equals_torchaos_numbers_and_scales(peer, bits, group_size):
+    """torchao's symmetric quantisation of the same groups, kept to as many steps up as down."""
+    ao = peer("torchao.quantization.quant_primitives")
+    tensor = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    top, block = {8: 127, 4: 7}[bits], (1, group_size)
+    scale, zero = ao.choose_qparams_affine(tensor, ao.MappingType.SYMMETRIC, block, torch.int8, -top, top)
+    theirs = ao.quantize_affine(tensor, block, scale, zero, torch.int8, -top, top)
+    quantized, scales = quantize_memory_bank(tensor, bits, group_size)
+    assert torch.equal(scales, scale.view_as(scales))
+    assert torch.equal(unpack(quantized) if bits == 4 else quantized, theirs)
+    back = ao.dequantize_affine(theirs, block, scale, zero, torch.int8, -top, top)
+    torch.testing.assert_close(dequantize_memory_bank(quantized, scales), back)
+
+
+@pytest.mark.parametrize(("bits", "error", "size"), [(8, 1.0, 0.99), (4, 1.06, 0.53)])
+def test_error_and_bytes_against_what_torchao_stores(peer, bits, error, size):
+    """A bank of 12,288 tokens of 64. At 4 bits torchao uses all 16 steps (-8 … 7, the highest clipped)
+    and keeps each in a byte; here 15 of them, two to a byte."""
+    ao, per_group = peer("torchao.quantization"), peer("torchao.quantization.granularity").PerGroup(64)
+    tensor = torch.randn(12288, 64, generator=torch.Generator().manual_seed(0))
+    linear = nn.Linear(64, 12288, bias=False)
+    linear.weight = nn.Parameter(tensor.clone())
+    ao.quantize_(linear, ao.IntxWeightOnlyConfig(getattr(torch, f"int{bits}"), granularity=per_group))
+    stored = linear.weight
+    quantized, scales = quantize_memory_bank(tensor, bits)
+    mine = (
+        dequantize_memory_bank(quantized, scales).sub(tensor).norm() / tensor.norm(),
+        quantized.nbytes + scales.nbytes,
+    )
+    theirs = (
+        stored.dequantize().sub(tensor).norm() / tensor.norm(),
+        sum(getattr(stored, name).nbytes for name in stored.tensor_data_names),
+    )
+    print(f"{bits} bits: error {mine[0]:.4f}, torchao {theirs[0]:.4f}; {mine[1]:,} and {theirs[1]:,} bytes")
+    assert mine[0] <= error * theirs[0] and mine[1] <= size * theirs[1]
+
+
+@both
 def test_a_scale_for_each_group_is_nearer_than_one_for_each_row(bits):
     """Against torch's per-channel operator as it is meant, a scale for each row of 768 numbers."""
     tensor = torch.randn(128, 768, generator=torch.Generator().manual_seed(0))
