@@ -53,6 +53,47 @@ def test_an_unknown_key_is_named_with_its_path_and_what_is_known(path, known):
         from_dict(Config, nested(path, 1))
 
 
+# Every field of the plan's dataclasses (spec D1) and where it is; adapters, LoRA, instruction data and
+# several processes are not in the package, and neither are their options.
+PLAN = {
+    "memory": """memory_layer_placement memory_layer_k memory_layer_n memory_layer_custom memory_sharing
+        memory_sharing_k memory_block_variant wo_init_zero vanilla_mode""",
+    "memory.chapters": """num_memory_tokens memory_dim use_low_rank_memory memory_rank low_rank_mode
+        use_low_rank_projections projection_rank use_chapters num_chapters tokens_per_chapter
+        top_k_chapters routing_strategy_train routing_strategy_inference use_load_balance_loss
+        load_balance_coefficient use_z_loss z_loss_coefficient quantize_memory memory_quant_bits""",
+    "training": """memory_lr base_model_lr batch_size gradient_accumulation_steps max_steps warmup_steps
+        weight_decay max_grad_norm gradient_checkpointing save_steps eval_steps""",
+    "model": "hidden_dim num_heads num_layers intermediate_dim vocab_size use_rope",
+    "task.text": "text_field",
+}
+RENAMED = {
+    "model.max_seq_len": "model.segment_length",
+    "training.dataset_name": "task.text.dataset",
+    "training.dataset_subset": "task.text.subset",
+    "training.dataset_split": "task.text.split",
+}
+
+
+@pytest.mark.parametrize(
+    "path", [f"{group}.{name}" for group, names in PLAN.items() for name in names.split()]
+)
+def test_every_field_of_the_plan_is_there_under_its_name(path):
+    assert path in {row[0] for row in reference()}
+
+
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [*RENAMED.items(), ("memory.top_k_chapters", "memory.chapters.top_k_chapters")],
+)
+@pytest.mark.parametrize(
+    "refuse", [lambda p: from_dict(Config, nested(p, 1)), lambda p: override(Config(), {p: 1})]
+)
+def test_a_field_the_plan_has_elsewhere_is_refused_with_its_place(path, place, refuse):
+    with pytest.raises(ConfigError, match=rf"^{path}: unknown key; .*; did you mean {place}\?$"):
+        refuse(path)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [

@@ -15,9 +15,11 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the path, the value and the remedy."""
 
 
-def option(default: Any, doc: str, low: float | None = None, high: float | None = None) -> Any:
-    """A dataclass field with its documentation and its inclusive limits."""
-    metadata = {"doc": doc, "low": low, "high": high}
+def option(
+    default: Any, doc: str, low: float | None = None, high: float | None = None, known_as: str | None = None
+) -> Any:
+    """A dataclass field with its documentation and inclusive limits; known_as: the design's name for it."""
+    metadata = {"doc": doc, "low": low, "high": high, "known_as": known_as}
     if isinstance(default, (list, dict)) or callable(default):
         factory = default if callable(default) else (lambda: type(default)(default))
         return field(default_factory=factory, metadata=metadata)
@@ -39,7 +41,26 @@ def describe(kind: Any) -> str:
     return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[kind]
 
 
-def convert(value: Any, kind: Any, path: str) -> Any:
+def paths_of(kind: Any, name: str, path: str = "") -> list[str]:
+    """Where in a config dataclass fields of this name stand, or fields the design has by this name."""
+    found = []
+    for f in fields(kind):
+        here, inner = f"{path}{f.name}", get_type_hints(kind)[f.name]
+        if name in (f.name, f.metadata.get("known_as")):
+            found.append(here)
+        if is_dataclass(inner):
+            found += paths_of(inner, name, f"{here}.")
+    return found
+
+
+def unknown(path: str, known: list[str], root: Any) -> ConfigError:
+    """The refusal of a key that is not at `path` of the dataclass `root`, and where else it may be."""
+    elsewhere = paths_of(root, path.rpartition(".")[2])
+    hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
+    return ConfigError(f"{path}: unknown key; known here: {', '.join(known)}{hint}")
+
+
+def convert(value: Any, kind: Any, path: str, root: Any = None) -> Any:
     """`value` as `kind`, or a ConfigError that says what would be right."""
     wrong = ConfigError(f"{path} = {value!r}: expected {describe(kind)}")
     origin = get_origin(kind)
@@ -47,7 +68,7 @@ def convert(value: Any, kind: Any, path: str) -> Any:
         if value is None and type(None) in get_args(kind):
             return None
         (inner,) = [k for k in get_args(kind) if k is not type(None)]
-        return convert(value, inner, path)
+        return convert(value, inner, path, root)
     if origin is Literal:
         if value not in get_args(kind):
             raise wrong
@@ -55,13 +76,13 @@ def convert(value: Any, kind: Any, path: str) -> Any:
     if origin is list:
         if not isinstance(value, (list, tuple)):
             raise wrong
-        return [convert(v, get_args(kind)[0], f"{path}[{i}]") for i, v in enumerate(value)]
+        return [convert(v, get_args(kind)[0], f"{path}[{i}]", root) for i, v in enumerate(value)]
     if origin is dict:
         if not isinstance(value, dict):
             raise wrong
         return dict(value)
     if is_dataclass(kind):
-        return value if type(value) is kind else from_dict(kind, value, path)
+        return value if type(value) is kind else from_dict(kind, value, path, root)
     if kind is float and isinstance(value, str):
         try:  # YAML 1.1 reads 1e-4 as text
             return float(value)
@@ -74,17 +95,20 @@ def convert(value: Any, kind: Any, path: str) -> Any:
     return value
 
 
-def from_dict(kind: Any, values: Any, path: str = "") -> Any:
-    """A dataclass from a mapping; unknown keys and wrong types are refused with their full path."""
+def from_dict(kind: Any, values: Any, path: str = "", root: Any = None) -> Any:
+    """A dataclass from a mapping; unknown keys and wrong types are refused with their full path.
+
+    root: the dataclass in which `path` begins, `kind` itself if None.
+    """
     if not isinstance(values, dict):
         raise ConfigError(f"{path or 'the file'} = {values!r}: expected a mapping")
     hints = get_type_hints(kind)
-    known = [f.name for f in fields(kind)]
+    known, root = [f.name for f in fields(kind)], root or kind
     prefix = f"{path}." if path else ""
     for key in values:
         if key not in known:
-            raise ConfigError(f"{prefix}{key}: unknown key; known here: {', '.join(known)}")
-    return kind(**{key: convert(value, hints[key], prefix + key) for key, value in values.items()})
+            raise unknown(f"{prefix}{key}", known, root)
+    return kind(**{key: convert(value, hints[key], prefix + key, root) for key, value in values.items()})
 
 
 def check_fields(config: Any, path: str) -> None:
@@ -119,10 +143,10 @@ def override(config: Any, changes: dict[str, Any]) -> Any:
         node, kind = values, type(config)
         for i, group in enumerate(groups):
             if group not in node or not isinstance(node[group], dict):
-                raise ConfigError(f"{'.'.join(groups[: i + 1])}: unknown key; known here: {', '.join(node)}")
+                raise unknown(".".join(groups[: i + 1]), list(node), type(config))
             node, kind = node[group], get_type_hints(kind)[group]
         if name not in node:
-            raise ConfigError(f"{path}: unknown key; known here: {', '.join(node)}")
+            raise unknown(path, list(node), type(config))
         node[name] = value
     changed = from_dict(type(config), values)
     check_fields(changed, "")

@@ -21,7 +21,9 @@ class ModelConfig:
     num_layers: int = option(12, "transformer blocks", 1)
     intermediate_dim: int = option(3072, "width of the SwiGLU feed-forward", 1)
     vocab_size: int = option(32000, "token ids are 0 … vocab_size - 1", 2)
-    segment_length: int = option(512, "tokens n in a segment: the attention window", 1)
+    segment_length: int = option(
+        512, "tokens n in a segment: the attention window", 1, known_as="max_seq_len"
+    )
     use_rope: bool = option(True, "rotary positions inside the window")
     tie_embeddings: bool = option(False, "the output layer reuses the embedding matrix")
     dropout: float = option(0.0, "dropout on each residual branch", 0.0, 0.99)
@@ -476,10 +478,12 @@ class TextConfig:
     """Real text, byte level, as parallel streams that keep memory and rows aligned."""
 
     dataset: str = option(
-        "python-stdlib", "python-stdlib (offline), a local file or folder, or a hub dataset name"
+        "python-stdlib",
+        "python-stdlib (offline), a local file or folder, or a hub dataset name",
+        known_as="dataset_name",
     )
-    subset: str | None = option(None, "the hub dataset's configuration")
-    split: str = option("train", "split of a hub dataset to read")
+    subset: str | None = option(None, "the hub dataset's configuration", known_as="dataset_subset")
+    split: str = option("train", "split of a hub dataset to read", known_as="dataset_split")
     text_field: str = option("text", "column that holds the text")
     max_bytes: int = option(4_000_000, "bytes to read at most", 1000)
     download: bool = option(
@@ -528,6 +532,9 @@ class TrainingConfig:
     min_lr_ratio: float = option(0.1, "the schedule ends at this part of the full rate", 0.0, 1.0)
     weight_decay: float = option(0.01, "AdamW's, on matrices only", 0.0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", 0.0)
+    gradient_checkpointing: bool = option(
+        False, "keep of each block only its input, and compute it again in the backward pass"
+    )
     horizon: int | None = option(
         None, "segments that gradients flow back through memory; null: the whole example", 1
     )

@@ -12,14 +12,16 @@ with the same logits and the same state (law L4), and generation needs no other 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from memlib.config import Config, get_memory_bank_assignments, get_memory_kinds
 from memlib.memory import MEMORIES
@@ -112,6 +114,7 @@ class MemoryTransformer(nn.Module):
             )
             for layer in range(model.num_layers)
         )
+        self.recomputing = config.training.gradient_checkpointing
         self.places = state_places(kinds_of_layer, self.bank_of_layer)
         self.share_banks(kinds_of_layer)
         self.norm = RMSNorm(model.hidden_dim)
@@ -234,12 +237,13 @@ class MemoryTransformer(nn.Module):
         valid = torch.cat((past.mask, new), 1)
         allowed = window_mask(ids.shape[1], None if whole else valid, past.length, ids.device)
         stream = self.embedding(ids)
+        run = partial(checkpoint, use_reentrant=False) if self.training and self.recomputing else called
         keys: list[Tensor] = []
         values: list[Tensor] = []
         hidden: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             states = self.opened(layer, state.banks, past.hidden[len(hidden) :], valid)
-            output = block(stream, past.keys[layer], past.values[layer], allowed, states)
+            output = run(block, stream, past.keys[layer], past.values[layer], allowed, states)
             stream = output.stream
             keys.append(output.keys)
             values.append(output.values)
@@ -324,6 +328,11 @@ class MemoryTransformer(nn.Module):
                 f"memory_state holds {window.mask.shape[0]} streams, input_ids "
                 f"{input_ids.shape[0]}: pick rows with memory_state.rows(index) or start from None"
             )
+
+
+def called(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A call, where `checkpoint` would compute it again in the backward pass."""
+    return function(*arguments)
 
 
 def _emptied(tensor: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from memlib.config import Config, override
+from memlib.memory import MEMORIES
 from memlib.memory.gates import Gate
 from memlib.models import MemoryTransformer
+from tests.laws.cases import BASELINE, Case, stir, variants
 
 SMALL = {
     "model.hidden_dim": 16,
@@ -247,3 +249,42 @@ def test_a_state_of_another_model_is_refused():
     state = one(torch.zeros(2, 3, dtype=torch.long)).memory_state
     with pytest.raises(ValueError, match=r"memory_state is of a model with 1 layers.*start from None"):
         two(torch.zeros(2, 3, dtype=torch.long), memory_state=state)
+
+
+RECOMPUTED = [BASELINE, *(Case(kind, {}, {kind: variants(kind)[0]}) for kind in MEMORIES)]
+RECOMPUTED.append(
+    Case("noise", {}, {"external": variants("external")[0] | {"retrieval_gate": "query", "exploration": 1.0}})
+)
+
+
+def trained(case, again, kept=None):
+    """A training pass with dropout over three segments; kept: what autograd keeps on the way."""
+    torch.manual_seed(0)
+    changes = {"training.gradient_checkpointing": again, "model.dropout": 0.1}
+    model = stir(MemoryTransformer(override(case.config(), changes)).double()).train()
+
+    def keep(tensor):
+        if kept is not None:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(ids(3, 12), labels=ids(3, 12))
+    torch.rand(1)  # what is drawn between the passes must not shift what is computed again
+    (output.loss + sum(output.router_losses.values())).backward()
+    return output, [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("case", RECOMPUTED, ids=str)
+def test_gradient_checkpointing_changes_no_gradient(case):
+    plain, again = trained(case, False), trained(case, True)
+    assert torch.equal(plain[0].logits, again[0].logits)
+    for want, got in zip(plain[1], again[1], strict=True):
+        assert (want is None) == (got is None)
+        assert want is None or torch.equal(want, got)
+
+
+def test_gradient_checkpointing_keeps_less_in_training_only():
+    plain, again = {}, {}
+    trained(BASELINE, False, plain), trained(BASELINE, True, again)
+    assert sum(again.values()) < 0.5 * sum(plain.values())
