@@ -14,7 +14,7 @@ from memlib.config import (
     override,
     parse_overrides,
     preset_names,
-    reference,
+    reference_page,
     to_dict,
 )
 
@@ -373,29 +373,7 @@ def config_diff(arguments: argparse.Namespace) -> int:
 
 
 def config_docs(arguments: argparse.Namespace) -> int:
-    lines = [
-        "# Configuration reference",
-        "",
-        "Written by `make docs` from the dataclasses in `memlib/config/schema.py`; do not edit.",
-        "A YAML file holds any part of it; what it leaves out has the default below.",
-        "Shipped presets, usable by bare name: " + ", ".join(f"`{name}`" for name in preset_names()) + ".",
-    ]
-    for path, kind, default, doc in reference():
-        if kind == "group":
-            lines += [
-                "",
-                f"## {path}",
-                "",
-                f"{doc[0].upper()}{doc[1:]}.",
-                "",
-                "| field | type | default | what it is |",
-            ]
-            lines += ["| --- | --- | --- | --- |"]
-        else:
-            cells = (f"`{path}`", kind, f"`{default}`", doc)
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    text = "\n".join(lines) + "\n"
-    return write_page(text, arguments.out)
+    return write_page(reference_page(), arguments.out)
 
 
 def write_page(text: str, out: Path | None) -> int:

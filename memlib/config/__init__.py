@@ -20,29 +20,35 @@ from memlib.config.files import (
     load_config,
     parse_overrides,
     preset_names,
-    reference,
     save_config,
     to_dict,
 )
-from memlib.config.schema import (
+from memlib.config.memory import (
     ChaptersMemoryConfig,
-    CopyConfig,
     ExternalMemoryConfig,
     HdsMemoryConfig,
     IndexConfig,
     InternalMemoryConfig,
     LtmMemoryConfig,
     MemoryConfig,
-    MixedConfig,
+    RingMemoryConfig,
+)
+from memlib.config.model import (
     ModelConfig,
+)
+from memlib.config.reference import reference, reference_page
+from memlib.config.task import (
+    CopyConfig,
+    MixedConfig,
     PasskeyConfig,
     QaConfig,
     RecallConfig,
-    RingMemoryConfig,
-    Stage,
     TaskConfig,
     TextConfig,
     TopicsConfig,
+)
+from memlib.config.training import (
+    Stage,
     TrainingConfig,
 )
 
@@ -79,6 +85,7 @@ __all__ = [
     "parse_overrides",
     "preset_names",
     "reference",
+    "reference_page",
     "save_config",
     "to_dict",
     "validate",

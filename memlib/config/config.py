@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, is_dataclass
 
 from memlib.config.fields import ConfigError, check_fields, option, override
-from memlib.config.schema import MemoryConfig, ModelConfig, Stage, TaskConfig, TrainingConfig
+from memlib.config.memory import MemoryConfig
+from memlib.config.model import ModelConfig
+from memlib.config.task import TaskConfig
+from memlib.config.training import Stage, TrainingConfig
 
 
 @dataclass(kw_only=True)

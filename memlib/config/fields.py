@@ -1,6 +1,6 @@
 """What a configuration field is: its documentation, type and limits, and errors that name the full path.
 
-Nothing here knows which fields there are: `schema.py` does.
+Nothing here knows which fields there are: `model.py`, `memory.py`, `task.py` and `training.py` do.
 """
 
 from __future__ import annotations

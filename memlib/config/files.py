@@ -1,18 +1,17 @@
-"""Configurations in and out: YAML files, shipped presets, overrides by path, the reference table."""
+"""Configurations in and out: YAML files, shipped presets, overrides by path."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from dataclasses import fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 
 from memlib.config.config import Config
-from memlib.config.fields import ConfigError, describe, from_dict
+from memlib.config.fields import ConfigError, from_dict
 from memlib.files import write_text
 
 
@@ -80,21 +79,6 @@ def flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
     for name, value in values.items():
         found |= flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
     return found
-
-
-def reference(kind: type = Config, path: str = "") -> list[tuple[str, str, str, str]]:
-    """(path, type, default, documentation) of every field, in order: what docs/config.md prints."""
-    rows = []
-    hints = get_type_hints(kind)
-    for f in fields(kind):
-        here = f"{path}.{f.name}" if path else f.name
-        default = getattr(kind(), f.name)
-        if is_dataclass(default):
-            rows.append((here, "group", "", f.metadata["doc"]))
-            rows += reference(hints[f.name], here)
-        else:
-            rows.append((here, describe(hints[f.name]), yaml_scalar(default), f.metadata["doc"]))
-    return rows
 
 
 def yaml_scalar(value: Any) -> str:

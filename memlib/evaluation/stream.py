@@ -26,8 +26,8 @@ from memlib.config import Config, IndexConfig
 from memlib.inference.states import load_state, save_state
 from memlib.memory.index import library
 from memlib.models import MemoryTransformer
+from memlib.models.state import MemoryState
 from memlib.models.stores import Stores, attach_stores, save_stores
-from memlib.models.transformer import MemoryState
 
 TENTHS = 10
 SLOWEST = 0.9  # the last tenth's speed over the second's (spec C8)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from memlib.models.block import StreamBlock
 from memlib.models.memory_block import MemoryTransformerBlock, VanillaTransformerBlock
-from memlib.models.transformer import MemoryState, MemoryTransformer, ModelOutput
+from memlib.models.state import MemoryState, ModelOutput
+from memlib.models.transformer import MemoryTransformer
 
 __all__ = [
     "MemoryState",

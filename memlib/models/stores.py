@@ -24,7 +24,8 @@ from memlib.memory.stale import StaleKeys, stale_keys
 from memlib.memory.storage import MANIFEST, open_store, save_store
 from memlib.memory.store import Store
 from memlib.models.evaluating import evaluating
-from memlib.models.transformer import MemoryState, MemoryTransformer
+from memlib.models.state import MemoryState
+from memlib.models.transformer import MemoryTransformer
 
 Stores = dict[int, Store]
 

@@ -12,8 +12,7 @@ with the same logits and the same state (law L4), and generation needs no other 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -28,59 +27,9 @@ from memlib.memory import MEMORIES
 from memlib.memory.base import Memory, State
 from memlib.memory.gates import Gate
 from memlib.models.block import StreamBlock
+from memlib.models.state import MemoryState, ModelOutput, Window
 from memlib.nn.attention import window_mask
 from memlib.nn.norm import RMSNorm
-
-
-@dataclass(frozen=True)
-class Window(State):
-    """The open segment: p < n tokens that have been read and not yet written.
-
-    keys, values: per layer [b h p k]; hidden: per memory layer [b p d]; mask: [b p], false for padding.
-    """
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    hidden: tuple[Tensor, ...]
-    mask: Tensor
-
-    @property
-    def length(self) -> int:
-        return self.mask.shape[1]
-
-
-@dataclass(frozen=True)
-class MemoryState(State):
-    """All that a model remembers of its streams: the banks' states and the open window."""
-
-    banks: tuple[State, ...]
-    window: Window
-
-
-@dataclass(frozen=True)
-class ModelOutput:
-    """What a forward pass returns, by attribute or by key: `outputs.logits`, `outputs["logits"]`.
-
-    logits: [b t v]; loss: scalar or None; memory_state: what to pass to the next call;
-    router_losses: the routers' auxiliary losses by name, each times its coefficient and averaged over
-    layers and the segments completed in this call; training adds them. Empty without a router.
-    """
-
-    logits: Tensor
-    memory_state: MemoryState
-    loss: Tensor | None
-    router_losses: dict[str, Tensor]
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in self.keys():
-            raise KeyError(f"{key!r}: the output has {', '.join(self.keys())}")
-        return getattr(self, key)
-
-    def keys(self) -> list[str]:
-        return ["logits", "memory_state", "loss", "router_losses"]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
 
 
 class MemoryTransformer(nn.Module):
@@ -254,7 +203,7 @@ class MemoryTransformer(nn.Module):
             return stream, MemoryState(state.banks, window), []
         losses = self.losses(window.hidden, state.banks, valid)
         banks = self.write(window.hidden, state.banks, valid)
-        return stream, MemoryState(banks, window.map(_emptied)), losses
+        return stream, MemoryState(banks, window.emptied()), losses
 
     def opened(
         self, layer: int, banks: tuple[State, ...], past: tuple[Tensor, ...], mask: Tensor
@@ -333,11 +282,6 @@ class MemoryTransformer(nn.Module):
 def called(function: Callable[..., Any], *arguments: Any) -> Any:
     """A call, where `checkpoint` would compute it again in the backward pass."""
     return function(*arguments)
-
-
-def _emptied(tensor: Tensor) -> Tensor:
-    """The same tensor with no tokens: the token axis is the second, or the third under heads."""
-    return tensor[:, :, :0] if tensor.ndim == 4 else tensor[:, :0]
 
 
 def state_places(kinds: dict[int, list[str]], banks: dict[int, int]) -> dict[int, list[int]]:

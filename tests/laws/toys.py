@@ -9,7 +9,8 @@ from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlib.config.schema import MemoryOptions, option
+from memlib.config.fields import option
+from memlib.config.memory import MemoryOptions
 from memlib.memory import Memory, State
 
 

@@ -1,32 +1,15 @@
-"""The groups of a configuration: every field with its default, its documentation and its limits.
+"""Options of the memories: of each one, and of where they are, shared and fused.
 
-A memory adds itself with one dataclass and one field of `MemoryConfig` named as it is registered; a task
-with one dataclass and one field of `TaskConfig`.
+A memory adds itself with one dataclass here and one field of `MemoryConfig` named as it is registered.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from memlib.config.fields import ConfigError, option
-
-
-@dataclass(kw_only=True)
-class ModelConfig:
-    """The transformer itself."""
-
-    hidden_dim: int = option(768, "width d of the residual stream", 1)
-    num_heads: int = option(12, "attention heads h; must divide hidden_dim", 1)
-    num_layers: int = option(12, "transformer blocks", 1)
-    intermediate_dim: int = option(3072, "width of the SwiGLU feed-forward", 1)
-    vocab_size: int = option(32000, "token ids are 0 … vocab_size - 1", 2)
-    segment_length: int = option(
-        512, "tokens n in a segment: the attention window", 1, known_as="max_seq_len"
-    )
-    use_rope: bool = option(True, "rotary positions inside the window")
-    tie_embeddings: bool = option(False, "the output layer reuses the embedding matrix")
-    dropout: float = option(0.0, "dropout on each residual branch", 0.0, 0.99)
+from memlib.config.model import ModelConfig
 
 
 class MemoryOptions:
@@ -401,148 +384,3 @@ class MemoryConfig:
     ltm: LtmMemoryConfig = option(LtmMemoryConfig, "the LTM transformer's long-term memory")
     ring: RingMemoryConfig = option(RingMemoryConfig, "the prototype's ring and store")
     chapters: ChaptersMemoryConfig = option(ChaptersMemoryConfig, "learnable memory tokens, in chapters")
-
-
-@dataclass(kw_only=True)
-class RecallConfig:
-    """Associative recall across segments: key-value pairs early, queries in the last segment."""
-
-    num_pairs: int = option(4, "pairs shown", 1)
-    num_queries: int | None = option(None, "pairs asked in the last segment; all if null", 1)
-    num_keys: int = option(16, "distinct keys", 2)
-    num_values: int = option(16, "distinct values; chance is 1 / num_values", 2)
-    num_fillers: int = option(16, "distinct distractor tokens", 1)
-    rewrites: int = option(0, "pairs shown again with a new value; the last one counts", 0)
-
-
-@dataclass(kw_only=True)
-class PasskeyConfig:
-    """A key of several digits somewhere in noise; asked for in the last segment."""
-
-    num_digits: int = option(2, "digits of the key", 1)
-    num_symbols: int = option(10, "symbols a digit is drawn from", 2)
-    num_fillers: int = option(32, "distinct noise tokens", 1)
-    depth: float | None = option(None, "0: first segment, 1: last before the query; null: random", 0, 1)
-
-
-@dataclass(kw_only=True)
-class MixedConfig:
-    """Many facts shown once and a few registers set again and again; asked for both in the end."""
-
-    num_facts: int = option(16, "facts shown", 1)
-    num_fact_keys: int = option(32, "distinct keys of facts", 1)
-    num_registers: int = option(4, "registers", 1)
-    num_settings: int = option(3, "times each register is set; the last one counts", 1)
-    fact_queries: int = option(3, "facts asked in the last segment", 1)
-    register_queries: int = option(2, "registers asked in the last segment", 1)
-    num_values: int = option(16, "distinct values; chance is 1 / num_values", 2)
-    num_fillers: int = option(16, "distinct distractor tokens", 1)
-
-
-@dataclass(kw_only=True)
-class TopicsConfig:
-    """Streams about topics; the value of a key is a fact of its topic, the same in the whole corpus."""
-
-    num_topics: int = option(8, "topics; chance is 1 / num_topics", 1)
-    num_words: int = option(4, "words of each topic", 1, 26)
-    num_keys: int = option(16, "distinct keys, asked in every topic", 1)
-    num_values: int = option(16, "distinct values", 2)
-    num_queries: int = option(4, "facts asked in a segment", 1)
-    change: float = option(0.0, "how often a segment is about another topic than the one before", 0.0, 1.0)
-    facts_seed: int = option(0, "the facts of the corpus are drawn from it", 0)
-
-
-@dataclass(kw_only=True)
-class CopyConfig:
-    """Say the first segment's symbols again, in order, in the last segment."""
-
-    num_items: int = option(4, "symbols to copy", 1)
-    num_symbols: int = option(16, "distinct symbols", 2)
-    num_fillers: int = option(16, "distinct noise tokens between", 1)
-    selective: bool = option(False, "symbols stand scattered among the noise of all segments but the last")
-
-
-@dataclass(kw_only=True)
-class QaConfig:
-    """bAbI-style stories: people move and carry things; questions with 1-3 supporting facts."""
-
-    supporting_facts: int = option(1, "facts an answer needs", 1, 3)
-    num_people: int = option(4, "people in the world", 2, 8)
-    num_places: int = option(6, "places; chance is 1 / num_places (3 facts: one less)", 2, 8)
-    num_objects: int = option(3, "things that can be carried", 1, 6)
-    distractors: int = option(2, "sentences of idle talk for each fact", 0)
-
-
-@dataclass(kw_only=True)
-class TextConfig:
-    """Real text, byte level, as parallel streams that keep memory and rows aligned."""
-
-    dataset: str = option(
-        "python-stdlib",
-        "python-stdlib (offline), a local file or folder, or a hub dataset name",
-        known_as="dataset_name",
-    )
-    subset: str | None = option(None, "the hub dataset's configuration", known_as="dataset_subset")
-    split: str = option("train", "split of a hub dataset to read", known_as="dataset_split")
-    text_field: str = option("text", "column that holds the text")
-    max_bytes: int = option(4_000_000, "bytes to read at most", 1000)
-    download: bool = option(
-        False, "a hub dataset that is not in the local cache may be fetched over the network"
-    )
-
-
-@dataclass(kw_only=True)
-class TaskConfig:
-    """What the model is trained and measured on."""
-
-    name: Literal["recall", "passkey", "mixed", "topics", "copy", "qa", "text"] = option("recall", "the task")
-    segments: int = option(4, "segments in an example (at most, where segments_min is set)", 1)
-    segments_min: int | None = option(None, "training draws the length from segments_min … segments", 1)
-    recall: RecallConfig = option(RecallConfig, "associative recall")
-    passkey: PasskeyConfig = option(PasskeyConfig, "passkey in noise")
-    mixed: MixedConfig = option(MixedConfig, "facts and registers")
-    topics: TopicsConfig = option(TopicsConfig, "facts of topics")
-    copy: CopyConfig = option(CopyConfig, "copy and selective copy")
-    qa: QaConfig = option(QaConfig, "stories and questions")
-    text: TextConfig = option(TextConfig, "real text")
-
-
-@dataclass(kw_only=True)
-class Stage:
-    """One stage of the curriculum: from a step on, these task fields have these values."""
-
-    from_step: int = option(0, "first step of the stage", 0)
-    set: dict[str, Any] = option({}, "task fields by path, e.g. {segments: 2, recall.num_pairs: 1}")
-
-
-@dataclass(kw_only=True)
-class TrainingConfig:
-    """How it is trained."""
-
-    seed: int = option(0, "seeds weights and data", 0)
-    batch_size: int = option(4, "independent streams b", 1)
-    gradient_accumulation_steps: int = option(4, "batches per optimizer step", 1)
-    max_steps: int = option(10_000, "optimizer steps", 1)
-    max_cpu_seconds: float | None = option(None, "stop after this much processor time", 0.0)
-    base_model_lr: float = option(1e-5, "learning rate of everything that is not memory", 0.0)
-    memory_lr: float = option(1e-4, "learning rate of the memories", 0.0)
-    gate_lr: float = option(1e-4, "learning rate of the gates (they get no weight decay)", 0.0)
-    lr_schedule: Literal["cosine", "linear", "constant"] = option("cosine", "after the warm-up")
-    warmup_steps: int = option(100, "steps from 0 to the full rate", 0)
-    min_lr_ratio: float = option(0.1, "the schedule ends at this part of the full rate", 0.0, 1.0)
-    weight_decay: float = option(0.01, "AdamW's, on matrices only", 0.0)
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", 0.0)
-    gradient_checkpointing: bool = option(
-        False, "keep of each block only its input, and compute it again in the backward pass"
-    )
-    horizon: int | None = option(
-        None, "segments that gradients flow back through memory; null: the whole example", 1
-    )
-    curriculum: list[Stage] = option([], "stages, in order of from_step")
-    log_steps: int = option(50, "steps between two log lines", 1)
-    eval_steps: int = option(500, "steps between two evaluations", 1)
-    eval_examples: int = option(512, "examples in an evaluation", 1)
-    save_steps: int = option(500, "steps between two checkpoints", 1)
-    keep_checkpoints: int = option(2, "checkpoints kept", 1)
-    num_threads: int = option(1, "torch threads; one is fastest on a shared small machine", 1)
-    device: str = option("cpu", "cpu, cuda, cuda:1, …")

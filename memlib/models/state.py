@@ -1,0 +1,74 @@
+"""What a model remembers between two calls, and what a call returns.
+
+Axes: b batch (independent streams), t tokens of a call, n tokens of a segment, p tokens already in the
+open segment, d hidden, h heads, k head width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from memlib.memory.base import State
+
+
+@dataclass(frozen=True)
+class Window(State):
+    """The open segment: p < n tokens that have been read and not yet written.
+
+    keys, values: per layer [b h p k]; hidden: per memory layer [b p d]; mask: [b p], false for padding.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    hidden: tuple[Tensor, ...]
+    mask: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.mask.shape[1]
+
+    def emptied(self) -> Window:
+        """The window of the next segment, before its first token."""
+
+        def none(tensor: Tensor) -> Tensor:
+            return tensor[:, :, :0] if tensor.ndim == 4 else tensor[:, :0]
+
+        return self.map(none)
+
+
+@dataclass(frozen=True)
+class MemoryState(State):
+    """All that a model remembers of its streams: the banks' states and the open window."""
+
+    banks: tuple[State, ...]
+    window: Window
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a forward pass returns, by attribute or by key: `outputs.logits`, `outputs["logits"]`.
+
+    logits: [b t v]; loss: scalar or None; memory_state: what to pass to the next call;
+    router_losses: the routers' auxiliary losses by name, each times its coefficient and averaged over
+    layers and the segments completed in this call; training adds them. Empty without a router.
+    """
+
+    logits: Tensor
+    memory_state: MemoryState
+    loss: Tensor | None
+    router_losses: dict[str, Tensor]
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.keys():
+            raise KeyError(f"{key!r}: the output has {', '.join(self.keys())}")
+        return getattr(self, key)
+
+    def keys(self) -> list[str]:
+        return ["logits", "memory_state", "loss", "router_losses"]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
