@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "name",
         choices=["recall", "rewrite", "passkey", "mixed", "compression", "slots", "prototype"]
-        + ["age", "banks", "topics", "collapse"],
+        + ["age", "banks", "topics", "collapse", "low_rank"],
     )
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     command.add_argument("--segments", type=int, nargs="+", help="default: the lengths of the stored table")

@@ -30,6 +30,7 @@ LENGTHS = {
     "banks": [4, 8, 16, 32, 64],
     "topics": [3, 8],
     "collapse": [3],
+    "low_rank": [3],
 }
 RATIOS = (1.0, 0.5, 0.25, 0.125)
 
@@ -104,6 +105,19 @@ def collapse() -> dict[str, Config]:
     }
 
 
+def low_rank() -> dict[str, Config]:
+    """The tokens of `topics_routed` trained at each rank, in 32 bits and through rounding to 4."""
+    base = load_config("topics_routed")
+    runs = {}
+    for rank in (None, 16, 8, 4, 2, 1):
+        kept = {} if rank is None else {"use_low_rank_memory": True, "memory_rank": rank}
+        for bits in (32, 4) if rank != 1 else (32,):  # an odd row cannot be packed two to a byte
+            packed = {} if bits == 32 else {"quantize_memory": True, "memory_quant_bits": bits}
+            changes = {f"memory.chapters.{name}": value for name, value in (kept | packed).items()}
+            runs[f"rank_{rank or 'whole'}_{bits}_bits"] = override(base, changes)
+    return runs
+
+
 @torch.no_grad()
 def lean(model: MemoryTransformer) -> None:
     """Make every router begin with chapter 0 for whatever it sees: a collapse at the start."""
@@ -146,6 +160,7 @@ STUDIES = {
     "banks": banks,
     "topics": topics,
     "collapse": collapse,
+    "low_rank": low_rank,
 }
 MEASURES = {"age": measure_by_bank, "banks": measure_in_stream}
 
