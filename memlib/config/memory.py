@@ -111,6 +111,9 @@ class ExternalMemoryConfig(MemoryOptions):
         1.0, "a key starts as this part previous token, the rest current; the papers: 0", 0.0, 1.0
     )
     sharpness: float = option(16.0, "initial scale of the cosine of query and key", 0.0)
+    newest_within: float | None = option(
+        None, "of hits that score within this of a query's best, only the newest counts; null: all", 0.0
+    )
     gate_init: float = option(
         0.0, "heads: the gate's initial logit; joint: what is added to the hits' scores"
     )

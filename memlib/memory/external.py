@@ -6,8 +6,8 @@ After LongMem (Wang et al. 2023, arXiv 2306.07174) and Memorizing Transformers (
 2203.08913), spec A3. What differs, and why:
 
 - **Keys have no position.** Neither rotary angles nor distances enter a key, so a pair is found as well
-  after sixty segments as after one. The price: of two equal keys, nothing but the tie rule (the newer
-  comes first) says which is the later one.
+  after sixty segments as after one. The price: of two equal keys, nothing in them says which is the
+  later one. `newest_within` says it by a rule: of equally good hits only the newest counts.
 - **One address for asking and filing**, and a value is filed under the token before it (token shift):
   from the first step on, a key that comes up again finds what followed it. In the papers queries and
   keys have their own projections, and no gradient reaches a stored key; docs/diary.md measures both.
@@ -32,7 +32,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import einsum, rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -211,7 +211,10 @@ class ExternalMemory(Memory):
         """Cosines as scores, each head with its own sharpness."""
         score = rearrange(self.sharpness, "h -> h 1 1") * found.cosine
         lowest = torch.finfo(score.dtype).min / 2  # finite: an empty memory must not give NaN
-        return Recalled(score.masked_fill(found.serial < 0, lowest), found.serial, found.values)
+        score = score.masked_fill(found.serial < 0, lowest)
+        if self.config.newest_within is not None:
+            score = score.masked_fill(outdated(score, found.serial, self.config.newest_within), lowest)
+        return Recalled(score, found.serial, found.values)
 
     def probed(self, found: Recalled) -> Recalled:
         """For recordings: which past token of the stream came back, its score, its weight."""
@@ -240,6 +243,16 @@ class ExternalMemory(Memory):
         """What a segment's tokens were given, and with which weights [b h n j]: eviction may ask."""
         found = self.find(hidden, state, self.asks(hidden))
         return found, self.scored(found).weight * rearrange(valid, "b n -> b 1 n 1")
+
+
+def outdated(score: Tensor, serial: Tensor, slack: float) -> Tensor:
+    """Which hits score within slack of their query's best and are not the newest of those: [b h n j].
+
+    Keys without positions cannot say which of two equal ones is the later; their serials can.
+    """
+    equal = (serial >= 0) & (score >= reduce(score, "b h n j -> b h n 1", "max") - slack)
+    newest = reduce(torch.where(equal, serial, -1), "b h n j -> b h n 1", "max")
+    return equal & (serial < newest)
 
 
 def shape_for(config: ExternalMemoryConfig, hidden_dim: int, dtype: str = "float32") -> Shape:

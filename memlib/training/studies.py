@@ -18,7 +18,7 @@ from memlib.training.trainer import Trainer
 
 COMPARISONS = {
     "recall": ["recall_baseline", "recall_internal", "recall_hds", "recall_external"],
-    "rewrite": ["rewrite_baseline", "rewrite_internal"],
+    "rewrite": ["rewrite_baseline", "rewrite_internal", "rewrite_external"],
     "passkey": ["passkey_baseline", "passkey_external"],
     "mixed": ["mixed_baseline", "mixed_internal", "mixed_external", "mixed_hybrid"],
 }

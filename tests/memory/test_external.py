@@ -71,10 +71,15 @@ def retrieved(built, x, keys, values):
     for h in range(H):
         score = built.sharpness[h] * (keys[h] @ unit(query[h * K : (h + 1) * K]))
         best = sorted(range(len(score)), key=lambda t: -float(score[t]))[:J]
+        if built.config.newest_within is not None:
+            near = [t for t in best if score[t] >= score[best[0]] - built.config.newest_within]
+            best = [t for t in best if t not in near or t == max(near)]
         yield best, score[best], F.softmax(score[best], 0) @ values[h, best]
 
 
-@pytest.mark.parametrize("options", [{}, {"shared_address": False}, {"shift_init": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"shared_address": False}, {"shift_init": 0.3}, {"newest_within": 8.0}], ids=str
+)
 @pytest.mark.parametrize("segments", [1, 2, 4], ids=lambda n: f"{n}_segments")
 @torch.no_grad()
 def test_read_is_its_equations_token_by_token(options, segments):
@@ -91,6 +96,19 @@ def test_read_is_its_equations_token_by_token(options, segments):
 
 
 @torch.no_grad()
+def test_of_two_values_under_one_key_the_newest_counts_by_rule_only():
+    """One token before two others in turn: asked for again, it gives the later one, or their mean."""
+    x, early, late = random(3, D)
+    for options, want in (({}, (early + late) / 2), ({"newest_within": 0.5}, late)):
+        built = memory(shift_init=1.0, sharpness=100.0, **options)
+        torch.nn.init.ones_(built.shift)
+        state = built.init_state(1)
+        for token in (x, early, x, late):
+            state = built.write(token[None, None], state, torch.ones(1, 1, dtype=torch.bool))
+        want = built.o_proj.weight @ built.v_proj.weight @ want
+        torch.testing.assert_close(built.read(x[None, None], state)[0, 0], want, atol=1e-3, rtol=1e-3)
+
+
 def test_mixing_by_head_is_two_softmaxes_and_a_gate():
     built = memory(join="heads", gate_init=0.4)
     state, stream = written(built)
