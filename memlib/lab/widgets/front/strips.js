@@ -94,14 +94,25 @@ views.strips = (frame) => {
   };
 };
 
-// The tokens around the cursor, the one under it marked.
+// The tokens, the one under the cursor marked: each below its own place where there is room for all,
+// else those around the cursor, and a wedge that says where in the picture above they stand.
 function readAlong(g, tokens, time, left, y, span) {
-  const width = 46, fit = Math.max(1, Math.floor(span / width)), first = Math.max(0, Math.min(time - (fit >> 1),
-    tokens.length - fit));
-  for (let i = 0; i < fit && first + i < tokens.length; i++) {
-    const here = first + i === time, x = left + i * width;
-    if (here) g.rect(x, y - 11, width - 2, 22, g.ink);
-    g.text(tokens[first + i], x + (width - 2) / 2, y, { align: "center", bold: here,
-      colour: here ? g.paper : g.ink, room: width - 4 });
+  const n = tokens.length, place = span / n, width = place < 30 ? 46 : place;
+  const fit = Math.min(n, Math.max(1, Math.floor(span / width + 1e-6)));
+  const first = clamp(time - (fit >> 1), 0, n - fit), ctx = g.ctx;
+  if (fit < n) {
+    ctx.fillStyle = g.rule;
+    ctx.globalAlpha = 0.6;
+    ctx.beginPath();
+    for (const [x, down] of [[first * place, 16], [(first + fit) * place, 16], [fit * width, 11], [0, 11]]) {
+      ctx.lineTo(left + x, y - down);
+    }
+    ctx.fill();
+    ctx.globalAlpha = 1;
+  }
+  for (let i = 0; i < fit; i++) {
+    const here = first + i === time, middle = left + (i + 0.5) * width, room = width - 4;
+    if (here) g.rect(middle - room / 2, y - 11, room, 22, g.ink);
+    g.text(tokens[first + i], middle, y, { align: "center", bold: here, colour: here ? g.paper : g.ink, room });
   }
 }
