@@ -98,7 +98,7 @@ views.strips = (frame) => {
 };
 
 // The tokens, the one under the cursor marked: each below its own place where there is room for all,
-// else those around the cursor, and a bar below the picture that says where in it they stand.
+// else those around the cursor, between dots for those left out.
 function readAlong(g, tokens, time, left, y, span) {
   const n = tokens.length, place = span / n;
   g.ctx.font = `600 12px ${g.font}`;
@@ -106,11 +106,11 @@ function readAlong(g, tokens, time, left, y, span) {
   const size = Math.min(12, Math.floor((12 * (place - 4)) / widest)), all = size >= 10 && n <= 64;
   const width = all ? place : clamp(widest + 12, 46, 120);
   const fit = all ? n : clamp(Math.floor(span / width), 1, n), first = clamp(time - (fit >> 1), 0, n - fit);
-  if (fit < n) g.rect(left + first * place, y - 16, fit * place, 3, g.faint);
+  const more = (i) => [i === 0 && first > 0, i === fit - 1 && first + fit < n].map((yes) => (yes ? "…" : ""));
   for (let i = 0; i < fit; i++) {
-    const here = first + i === time, middle = left + (i + 0.5) * width, room = width - 4;
+    const here = first + i === time, middle = left + (i + 0.5) * width, room = width - 4, [before, after] = more(i);
     if (here) g.rect(middle - room / 2, y - 11, room, 22, g.ink);
-    g.text(tokens[first + i], middle, y, { align: "center", bold: here, colour: here ? g.paper : g.ink, room,
+    g.text(`${before} ${tokens[first + i]} ${after}`.trim(), middle, y, { align: "center", bold: here, colour: here ? g.paper : g.ink, room,
       size: all ? size : 12 });
   }
 }
