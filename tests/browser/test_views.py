@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from memlib.lab.widgets import (
     reading_over_text,
     save_page,
     slots_over_time,
+    strips,
 )
 from memlib.lab.widgets.inspector import busiest_slots, main_writer
 from memlib.lab.widgets.slots import slot_view
@@ -399,6 +401,56 @@ def test_narrow_window(open_sheet, address, screenshot):
         assert width[0] <= width[1] + 1, kind
         screenshot(figure.locator, f"{kind}_narrow")
     sheet.assert_clean()
+
+
+DRAWN = """figure => new Promise((done) => {
+  const canvas = figure.querySelector("canvas"), words = [];
+  const proto = CanvasRenderingContext2D.prototype, fill = proto.fillText;
+  proto.fillText = function (text, x, y, room) {
+    const width = Math.min(this.measureText(text).width, room ?? Infinity);
+    const left = x - { left: 0, center: width / 2, right: width }[this.textAlign];
+    if (this.canvas === canvas) words.push({ text, left, right: left + width, y });
+    return fill.apply(this, arguments);
+  };
+  canvas.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
+  requestAnimationFrame(() => requestAnimationFrame(() => { proto.fillText = fill; done(words); }));
+})"""
+
+
+@pytest.mark.parametrize("width", [1280, 520])
+def test_words_stand_below_their_places_or_say_that_they_do_not(open_sheet, tmp_path, width):
+    """Sixteen values: wide, each word is under its column; narrow, the cursor's is among those shown."""
+    names = [f"v{i}" for i in range(16)]
+    save_page(tmp_path / "x.html", strips({"kept": np.linspace(0, 1, 16)}, names, "Kept", unit="value"))
+    sheet = open_sheet((tmp_path / "x.html").as_uri())
+    sheet.page.set_viewport_size({"width": width, "height": 800})
+    figure = sheet.figure("strips")
+    figure.settle()
+    middles = {w["text"]: (w["left"] + w["right"]) / 2 for w in figure.locator.evaluate(DRAWN)}
+    shown = [name for name in names if name in middles]
+    if width > 1000:
+        places = [figure.place(i, 0) for i in range(16)]
+        assert all(abs(middles[n] - p["x"] - p["width"] / 2) < 1 for n, p in zip(names, places, strict=True))
+    else:
+        assert len(shown) < 16 and names[figure.time] in shown and any("…" in word for word in middles)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [1280, 640])
+def test_no_words_of_a_line_overlap(open_sheet, address, kind, width):
+    sheet = open_sheet(address)
+    sheet.page.set_viewport_size({"width": width, "height": 800})
+    figure = sheet.figure(kind)
+    figure.press("Home")
+    figure.settle()
+    words = sorted(figure.locator.evaluate(DRAWN), key=lambda w: (w["y"], w["left"]))
+    assert len(words) > 4
+    for a, b in pairwise(words):
+        assert a["y"] != b["y"] or a["right"] <= b["left"] + 1, (a, b)
+
+
+def test_a_reading_opens_on_its_first_question(views):
+    assert views["reading"].time == 50
 
 
 def test_chapters_say_what_was_recorded_and_pass_axe(open_sheet, tmp_path):

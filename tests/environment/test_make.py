@@ -1,6 +1,7 @@
 """The lock files, the Makefile and the lab's server: what a person meets before any notebook."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -196,3 +198,37 @@ def test_a_kernel_is_this_python_with_one_thread_and_no_noise(lab: Lab) -> None:
     socket.close()
     assert message["content"]["text"] == f"1 {sys.executable}\n"
     assert "WARNING" not in lab.log.read_text()
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_socket_is_closed_only_when_the_page_is_silent(answers: bool, monkeypatch) -> None:
+    """Ten minutes of the lab's own pings, on a clock of the test's."""
+    from jupyter_server.base import websocket as jupyter
+    from traitlets.config.loader import PyFileConfigLoader
+
+    config = PyFileConfigLoader(
+        "jupyter_server_config.py", str(ROOT / "environment" / "jupyter")
+    ).load_config()
+    clock = SimpleNamespace(now=0.0, time=lambda: clock.now)
+    monkeypatch.setattr(jupyter.ioloop, "IOLoop", SimpleNamespace(current=lambda: clock))
+    closed = []
+
+    class Socket(jupyter.WebSocketMixin):
+        settings = config.ServerApp.get("tornado_settings", {})
+        log = logging.getLogger("a test's lab")
+        ws_connection = SimpleNamespace(client_terminated=False)
+
+        def ping(self, data: bytes) -> None:
+            if answers:
+                self.on_pong(data)
+
+        def close(self) -> None:
+            closed.append(clock.now)
+
+    socket = Socket()
+    assert socket.ping_interval > 0
+    socket.last_ping = socket.last_pong = clock.now
+    while clock.now < 600 and not closed:
+        clock.now += socket.ping_interval / 1e3 + 0.001
+        socket.send_ping()
+    assert bool(closed) != answers, f"closed after {closed} s"

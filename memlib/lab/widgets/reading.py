@@ -53,7 +53,10 @@ def reading(
     group: str = "",
     hits: int = 6,
 ) -> View:
-    """A text with a colour per token, amount [n], and arcs to the strongest of origin [n n]."""
+    """A text with a colour per token, amount [n], and arcs to the strongest of origin [n n].
+
+    It opens on the first of the marked tokens, or on the one of the largest amount.
+    """
     source = np.argsort(-origin, axis=1, kind="stable")[:, :hits].astype(np.int32)
     weight = np.take_along_axis(origin, source, 1).astype(np.float32)
     source[weight <= 0] = -1
@@ -92,7 +95,7 @@ def reading(
         arrays={"amount": amount.astype(np.float32), "source": source, "weight": weight},
         draw=draw,
         times=len(tokens),
-        time=strongest,
+        time=int(marked[0]) if len(marked) else strongest,
         words={
             "tokens": list(tokens),
             "segment_length": segment_length,

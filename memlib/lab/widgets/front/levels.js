@@ -73,7 +73,8 @@ views.levels = (frame) => {
     span = g.width - start - bar;
     const t = cursor.time, mode = cursor.choice.show;
     const label = { [SEES]: "banks: what is left", [WRITES]: "banks: written" }[mode];
-    g.text("levels: share of its reading, 0 to 1", start, 10, { size: 11, colour: g.faint });
+    const above = { [SEES]: "of its reading, 0 to 1", [WRITES]: "how full, 0 to 1" }[mode];
+    if (above && span > 250) g.text(above, start - 8, 10, { align: "right", size: 11, colour: g.faint });
     g.legend(start + span, 10, "0", brief(mode === SEES ? peak.left : mode === WRITES ? peak.written : 1), label || "share of the reading");
     g.text("of its reading", g.width - 4, 10, { align: "right", size: 11, colour: g.faint });
     if (mode === SEES) sees(g, t);

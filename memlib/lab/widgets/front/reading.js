@@ -9,7 +9,8 @@ views.reading = (frame) => {
   function measure(width) {
     const room = width - edge, least = small ? 6 : Math.min(74, 14 + 8 * widest);
     columns = Math.max(1, Math.floor(room / least));
-    if (length) columns = columns >= length ? length : columns;
+    // A row a segment as long as its words can be read: rows that wrap elsewhere hide where one begins.
+    if (length && room >= length * (small ? 6 : Math.min(74, 8 * widest))) columns = length;
     wide = Math.min(room / columns, small ? 12 : 74);
   }
   const lines = () => Math.ceil(n / columns);
@@ -29,7 +30,7 @@ views.reading = (frame) => {
       const [x, y] = corner(t), part = amount.data[t] / peak;
       g.rect(x, y, wide - 1, tall - 2, rgb(part));
       if (small) continue;
-      g.text(tokens[t], x + wide / 2, y + tall / 2 - 1, { align: "center", colour: onColour(part), room: wide - 6,
+      g.text(tokens[t], x + wide / 2, y + tall / 2 - 1, { align: "center", colour: onColour(part), room: wide - 4,
         bold: scored.has(t) });
       if (scored.has(t)) g.rect(x + 4, y + tall - 6, wide - 9, 2, onColour(part));
       if (length && t % length === 0) g.text(`segment ${t / length}`, 0, y + tall / 2 - 1, { size: 11, colour: g.faint });

@@ -59,11 +59,14 @@ views.strips = (frame) => {
     for (const r of order) {
       const points = Array.from({ length: n }, (_, t) => [x(t), y(value(r, t))]);
       g.ctx.globalAlpha = r === cursor.item ? 1 : 0.45;
-      g.line(points, colourOf(rows[r].split(",")[0], r), r === cursor.item ? 2.5 : 1.5);
+      // A colour that comes back is dashed, in the line and in its legend.
+      const colour = colourOf(rows[r].split(",")[0], r), again = r >= SERIES.length;
+      g.line(points, colour, r === cursor.item ? 2.5 : 1.5, again ? [5, 3] : []);
       g.ctx.globalAlpha = 1;
       g.text(rows[r], left + span + 8, lines + 12 + r * 16, { size: 11, bold: r === cursor.item,
         colour: g.ink, room: right - 26 });
-      g.rect(g.width - 14, lines + 7 + r * 16, 10, 10, colourOf(rows[r].split(",")[0], r));
+      g.rect(g.width - 14, lines + 7 + r * 16, 10, 10, colour);
+      if (again) g.rect(g.width - 10, lines + 7 + r * 16, 2, 10, g.paper);
     }
     if (cursor.pin !== null) g.line([[x(cursor.pin), top], [x(cursor.pin), lines + chart]], g.faint, 2);
     g.line([[x(cursor.time), top], [x(cursor.time), lines + chart]], g.ink, 1.5);
@@ -94,14 +97,20 @@ views.strips = (frame) => {
   };
 };
 
-// The tokens around the cursor, the one under it marked.
+// The tokens, the one under the cursor marked: each below its own place where there is room for all,
+// else those around the cursor, between dots for those left out.
 function readAlong(g, tokens, time, left, y, span) {
-  const width = 46, fit = Math.max(1, Math.floor(span / width)), first = Math.max(0, Math.min(time - (fit >> 1),
-    tokens.length - fit));
-  for (let i = 0; i < fit && first + i < tokens.length; i++) {
-    const here = first + i === time, x = left + i * width;
-    if (here) g.rect(x, y - 11, width - 2, 22, g.ink);
-    g.text(tokens[first + i], x + (width - 2) / 2, y, { align: "center", bold: here,
-      colour: here ? g.paper : g.ink, room: width - 4 });
+  const n = tokens.length, place = span / n;
+  g.ctx.font = `600 12px ${g.font}`;
+  const widest = n > 64 ? 34 : Math.max(...tokens.map((word) => g.ctx.measureText(word).width));
+  const size = Math.min(12, Math.floor((12 * (place - 4)) / widest)), all = size >= 10 && n <= 64;
+  const width = all ? place : clamp(widest + 12, 46, 120);
+  const fit = all ? n : clamp(Math.floor(span / width), 1, n), first = clamp(time - (fit >> 1), 0, n - fit);
+  const more = (i) => [i === 0 && first > 0, i === fit - 1 && first + fit < n].map((yes) => (yes ? "…" : ""));
+  for (let i = 0; i < fit; i++) {
+    const here = first + i === time, middle = left + (i + 0.5) * width, room = width - 4, [before, after] = more(i);
+    if (here) g.rect(middle - room / 2, y - 11, room, 22, g.ink);
+    g.text(`${before} ${tokens[first + i]} ${after}`.trim(), middle, y, { align: "center", bold: here, colour: here ? g.paper : g.ink, room,
+      size: all ? size : 12 });
   }
 }
