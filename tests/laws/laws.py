@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate, pairwise
 
@@ -303,9 +303,9 @@ def forgetting(make: Make, feeding: Feeding) -> None:
     new_mask = torch.cat((padding, torch.ones_like(rest) if mask is None else mask), 1)
     new, new_state = feed(model, torch.cat((padding, rest), 1), None, new_mask)
     same(law, "logits of the row, against a new stream", got[row], new[row, read:])
-    for mine, theirs in zip(got_state.banks, new_state.banks, strict=True):
-        index = torch.tensor([row])
-        same_state(law, "memory of the row, against a new stream", mine.rows(index), theirs.rows(index))
+    index = torch.tensor([row])
+    mine, theirs = replace(got_state, window=new_state.window).rows(index), new_state.rows(index)
+    same_state(law, "memory of the row, against a new stream", mine, theirs)
 
 
 def segmentation(make: Make, feeding: Feeding) -> None:
