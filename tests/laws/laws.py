@@ -310,13 +310,13 @@ def forgetting(make: Make, feeding: Feeding) -> None:
 
 def segmentation(make: Make, feeding: Feeding) -> None:
     """L4: a stream in one call, in segments and in any pieces: the same logits and the same state."""
-    law, tokens, t = "L4 segmentation", stream(feeding), feeding.tokens
+    law, model, tokens, t = "L4 segmentation", make(), stream(feeding), feeding.tokens
 
     def said_in(pieces: tuple[int, ...]) -> tuple[Tensor, MemoryState]:
         if pieces == feeding.pieces:
             told = tell(make, feeding)
             return told.logits, told.state
-        return feed(make(), tokens, pieces, feeding.mask())
+        return feed(model, tokens, pieces, feeding.mask())
 
     want, state = said_in((t,))
     segments = tuple(min(SEGMENT, t - start) for start in range(0, t, SEGMENT))
