@@ -12,7 +12,8 @@ side by side, each with the result of being answered alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +26,7 @@ from memlib.inference.states import load_state, save_state
 from memlib.inference.tokenizer import Tokenizer, decode, tokenizer_for
 from memlib.models import MemoryState, MemoryTransformer
 from memlib.models.evaluating import evaluating
-from memlib.models.stores import forget_streams
+from memlib.models.stores import forget_streams, forgetting_on_failure
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Sessions:
 
     tokenizer: how text becomes tokens; that of the model's task if None. config: how replies are
     generated; a reply ends with the tokenizer's stop tokens too. seed: of the users' generators, with
-    their names. A call that raises leaves every user as they were.
+    their names. A call that raises leaves every user as they were; what it had filed
+    in attached stores is dropped at once for new users, and for known ones when they are forgotten.
 
     Nobody is put out to make room: at the limit a new user is refused until another one is forgotten.
     """
@@ -62,6 +64,7 @@ class Sessions:
         stop = dict.fromkeys((*config.stop_tokens, *self.tokenizer.stop))
         self.config = replace(config, stop_tokens=tuple(stop))
         self.sessions: dict[str, Session] = {}
+        self.failed: dict[str, list[MemoryState]] = {}  # from where a call that raised had written on
 
     @property
     def users(self) -> list[str]:
@@ -74,13 +77,15 @@ class Sessions:
 
     def replies(self, prompts: Mapping[str, str]) -> dict[str, str]:
         """Answer several users in one call, each as if alone."""
-        users, ids, known = self.opened(prompts)
-        generators = [generator_at(one.random) for one in known]
-        states = [one.state for one in known]
-        tokens = TokenStream(self.model, ids, states, self.config, generators)
-        for _ in tokens:
-            pass
-        for user, state, generator in zip(users, tokens.states, generators, strict=True):
+        with self.calling(prompts):
+            users, ids, known = self.opened(prompts)
+            generators = [generator_at(one.random) for one in known]
+            states = [one.state for one in known]
+            tokens = TokenStream(self.model, ids, states, self.config, generators)
+            for _ in tokens:
+                pass
+            remembered = tokens.states
+        for user, state, generator in zip(users, remembered, generators, strict=True):
             self.sessions[user] = Session(state, generator.get_state())
         ended = zip(tokens.tokens, tokens.stopped, strict=True)
         said = [decode(self.tokenizer, row[:-1] if stopped else row) for row, stopped in ended]
@@ -88,15 +93,16 @@ class Sessions:
 
     def tell(self, user: str, text: str) -> None:
         """Let a user say something that is remembered and not answered."""
-        (user,), (ids,), (known,) = self.opened({user: text})
-        with evaluating(self.model):
+        with self.calling([user]), evaluating(self.model):
+            (user,), (ids,), (known,) = self.opened({user: text})
             lanes, _ = read(self.model, lanes_of([known.state]), {0: ids})
         self.sessions[user] = replace(known, state=row_states(lanes)[0])
 
     def forget(self, user: str) -> None:
         """Forget all of a user; what stores hold of their stream too."""
         self.check_known(user)
-        forget_streams(self.model, self.sessions.pop(user).state)
+        for state in (self.sessions.pop(user).state, *self.failed.pop(user, ())):
+            forget_streams(self.model, state)
 
     def save(self, user: str, path: str | os.PathLike[str]) -> None:
         """Write a user's memory to a file, whole or not at all."""
@@ -110,6 +116,20 @@ class Sessions:
         state, random = load_state(path, self.model)
         fresh = seeded(self.seed, user).get_state()
         self.sessions[user] = Session(state, fresh if random is None else random)
+
+    @contextmanager
+    def calling(self, users: Iterable[str]) -> Iterator[None]:
+        """A call to the model for some users: if it raises, what it filed in stores can still be dropped."""
+        try:
+            with forgetting_on_failure(self.model):
+                yield
+        except BaseException:
+            for user in users:
+                if user in self.sessions:
+                    left, state = self.failed.setdefault(user, []), self.sessions[user].state
+                    if not any(state is one for one in left):
+                        left.append(state)
+            raise
 
     def opened(self, prompts: Mapping[str, str]) -> tuple[list[str], list[list[int]], list[Session]]:
         """Users, the ids of what they say, and what is known of them so far."""

@@ -11,6 +11,8 @@ more training, `stale_report` says how far today's keys have moved from those.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -93,6 +95,30 @@ def forget_streams(model: MemoryTransformer, state: MemoryState) -> None:
             if isinstance(memory, ExternalMemory) and isinstance(memory.shelf, StoreShelf):
                 for stream in cast(StoredState, state.banks[place]).stream.tolist():
                     memory.shelf.store.forget(stream)
+
+
+def attached_stores(model: MemoryTransformer) -> list[Store]:
+    """The stores that memories of the model keep their pairs in, each once; none without."""
+    memories = [memory for layer in model.places for memory in model.block(layer).kinds()]
+    shelves = [memory.shelf for memory in memories if isinstance(memory, ExternalMemory)]
+    stores = {id(shelf.store): shelf.store for shelf in shelves if isinstance(shelf, StoreShelf)}
+    return list(stores.values())
+
+
+@contextmanager
+def forgetting_on_failure(model: MemoryTransformer) -> Iterator[None]:
+    """Drop from attached stores the streams that were begun inside, if it raises: nobody knows them.
+
+    What was appended to older streams stays, behind every cursor that is known.
+    """
+    begun = [(store, store.next_stream) for store in attached_stores(model)]
+    try:
+        yield
+    except BaseException:
+        for store, first in begun:
+            for stream in range(first, store.next_stream):
+                store.forget(stream)
+        raise
 
 
 @torch.no_grad()

@@ -166,6 +166,31 @@ def test_forgetting_drops_what_a_store_holds():
     assert [len(store) for store in stores.values()] == [live(place, "ann", "cy") for place in stores]
 
 
+@pytest.mark.parametrize("call", ["replies", "tell"])
+def test_forgetting_drops_what_a_failed_call_filed(call):
+    """New streams at once, since nobody knows them; a known user's with the user."""
+    model = model_of("external")
+    stores = attach_stores(model)
+    sessions = open_sessions(model)
+    sessions.tell("ann", words(9, 0))
+    last, passes = model.block(model.config.model.num_layers - 1), []
+
+    def fail(module, inputs):
+        passes.append(inputs)
+        if len(passes) == 4:
+            raise RuntimeError("out of memory")
+
+    for user in ("ann", "bob"):
+        passes.clear()
+        hook = last.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError):
+            sessions.tell(user, words(30, 1)) if call == "tell" else sessions.replies({user: words(30, 1)})
+        hook.remove()
+    sessions.tell("ann", words(5, 2))  # goes on in a copy, from where the failed call began
+    sessions.forget("ann")
+    assert [len(store) for store in stores.values()] == [0] * len(stores)
+
+
 def test_what_is_told_is_remembered_and_not_answered():
     model = model_of()
     told = open_sessions(model)

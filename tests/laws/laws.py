@@ -4,12 +4,17 @@ A law takes `make`, which gives a model and, at the next call, another of the sa
 `Feeding` too: how long the stream is and how it is cut into calls. Real models and the mutants of
 test_mutants.py go through the same functions. Models are in float64: what should be equal is equal to
 `TIGHT`.
+
+A forward pass here costs its operations, not its numbers: rows side by side are almost free. So what
+several laws compare with is told once for each `make` and feeding (`tell`, `stop`) and never changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate, pairwise
 
 import torch
@@ -77,7 +82,7 @@ def stream(feeding: Feeding, seed: int = 0) -> Tensor:
     return torch.randint(VOCAB, (BATCH, feeding.tokens), generator=generator)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def feed(
     model: MemoryTransformer,
     tokens: Tensor,
@@ -126,45 +131,96 @@ def differs(law: str, what: str, got: Tensor, want: Tensor) -> None:
         raise AssertionError(f"{law}: {what}")
 
 
-def causality(make: Make, feeding: Feeding) -> None:
-    """L1: what comes after position t, tokens or padding, leaves the logits up to t as they are.
+@dataclass(frozen=True)
+class Told:
+    """What a model said to a stream in the pieces of its feeding, beside other rows in one batch.
 
-    All futures go side by side: row block 0 is the stream, block i the same stream changed after t_i.
+    logits, state: of the stream; other: logits of another one; futures: of the stream changed after a
+    place, by place. sizes: after each piece, the tokens of the open window and the state's bytes a row.
     """
-    law, tokens, t = "L1 causality", stream(feeding), feeding.tokens
+
+    logits: Tensor
+    state: MemoryState
+    other: Tensor
+    futures: dict[int, Tensor]
+    sizes: list[tuple[int, float]]
+
+
+@cache
+def tell(make: Make, feeding: Feeding) -> Told:
+    """Tell a new model a stream, another one, and all futures that law L1 asks about, side by side."""
+    model, tokens, t = make(), stream(feeding), feeding.tokens
     mask = torch.ones_like(tokens) if feeding.mask() is None else feeding.mask()
     changed = (tokens + 1 + stream(feeding, seed=1) % (VOCAB - 1)) % VOCAB
     places = {0, SEGMENT - 2, SEGMENT - 1, SEGMENT, 2 * SEGMENT - 1, t - 2}
     places = sorted(place for place in places if place <= t - 2)
-    futures = [torch.arange(t) > place for place in places]
-    together = torch.cat([tokens, *(torch.where(future, changed, tokens) for future in futures)])
-    masks = torch.cat([mask, *(torch.where(future, 1 - mask, mask) for future in futures)])
-    logits, _ = feed(make(), together, feeding.pieces, masks if feeding.padded else None)
-    before, *after = logits.split(BATCH)
-    for place, other in zip(places, after, strict=True):
-        same(law, f"logits up to {place}", other[:, : place + 1], before[:, : place + 1])
-        differs(law, f"logits after {place} ignore their own tokens", other, before)
+    after = [torch.arange(t) > place for place in places]
+    rows = torch.cat([tokens, stream(feeding, 1), *(torch.where(late, changed, tokens) for late in after)])
+    masks = torch.cat([mask, mask, *(torch.where(late, 1 - mask, mask) for late in after)])
+    state, logits, sizes = None, [], []
+    pieces = zip(rows.split(feeding.pieces, 1), masks.split(feeding.pieces, 1), strict=True)
+    for piece, piece_mask in pieces:
+        said, state = feed(model, piece, None, piece_mask if feeding.padded else None, state)
+        logits.append(said)
+        sizes.append((state.window.length, state.nbytes / len(rows)))
+    first, other, *futures = torch.cat(logits, 1).split(BATCH)
+    own = state.rows(torch.arange(BATCH))
+    return Told(first, own, other, dict(zip(places, futures, strict=True)), sizes)
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A stream that was stopped at its feeding's `cut` and went on.
+
+    model: who read it; state: what was passed on, copy: of it before; rest, mask: what came after, with
+    its logits and the last state.
+    """
+
+    model: MemoryTransformer
+    state: MemoryState
+    copy: MemoryState
+    rest: Tensor
+    mask: Tensor | None
+    logits: Tensor
+    last: MemoryState
+
+
+@cache
+def stop(make: Make, feeding: Feeding) -> Stopped:
+    """Tell a new model a stream in two calls, and keep the state in between."""
+    model, halves = make(), (feeding.cut, feeding.tokens - feeding.cut)
+    (first, rest), masks = stream(feeding).split(halves, 1), split(feeding.mask(), halves)
+    _, state = feed(model, first, None, masks[0])
+    copy = state.clone()
+    logits, last = feed(model, rest, None, masks[1], state)
+    return Stopped(model, state, copy, rest, masks[1], logits, last)
+
+
+def causality(make: Make, feeding: Feeding) -> None:
+    """L1: what comes after position t, tokens or padding, leaves the logits up to t as they are."""
+    law, told = "L1 causality", tell(make, feeding)
+    for place, other in told.futures.items():
+        same(law, f"logits up to {place}", other[:, : place + 1], told.logits[:, : place + 1])
+        differs(law, f"logits after {place} ignore their own tokens", other, told.logits)
 
 
 def explicit_state(make: Make, feeding: Feeding) -> None:
     """L2: the state that goes in and comes out is all there is, and nobody changes it on the way."""
-    law, model, twin = "L2 explicit state", make(), make()
+    law, model, told = "L2 explicit state", make(), tell(make, feeding)
     streams = [stream(feeding), stream(feeding, seed=1)]
-    turns = in_turns([model, model], streams, feeding.pieces)
-    for i, alone in enumerate(feed(twin, tokens, feeding.pieces)[0] for tokens in streams):
+    turns = in_turns([model, model], streams, feeding.pieces, feeding.mask())
+    for i, alone in enumerate((told.logits, told.other)):
         same(law, f"stream {i} of two that go through one model in turns", turns[i], alone)
 
-    halves = (feeding.cut, feeding.tokens - feeding.cut)
-    (first, rest), masks = streams[0].split(halves, 1), split(feeding.mask(), halves)
-    _, state = feed(model, first, None, masks[0])
-    copy = state.clone()
-    want, _ = feed(model, rest, None, masks[1], state)
-    same_state(law, "the state that was passed in", state, copy, EXACT)
-    again, _ = feed(model, rest, None, masks[1], state)
+    stopped = stop(make, feeding)
+    state, rest, mask, want = stopped.state, stopped.rest, stopped.mask, stopped.logits
+    same_state(law, "the state that was passed in", state, stopped.copy, EXACT)
+    again, _ = feed(stopped.model, rest, None, mask, state)
     same(law, "going on from the same state a second time", again, want, EXACT)
     saved = load(save({name: tensor.contiguous().clone() for name, tensor in state.named_tensors()}))
-    restored = model.init_state(BATCH).load(saved)
-    again, _ = feed(twin, rest, None, masks[1], restored)
+    twin = make()
+    restored = twin.init_state(BATCH).load(saved)
+    again, _ = feed(twin, rest, None, mask, restored)
     same(law, "going on from a saved state in another model of the same weights", again, want, EXACT)
 
 
@@ -180,39 +236,50 @@ def separate_models(make: Make) -> None:
     places = {tensor.untyped_storage().data_ptr() for tensor in mine if tensor.numel()}
     if common := sum(t.untyped_storage().data_ptr() in places for t in theirs if t.numel()):
         raise AssertionError(f"L2 explicit state: two models share {common} tensors")
-    streams = [stream(MANY), stream(MANY, seed=1)]
-    alone = [feed(make(), tokens)[0] for tokens in streams]
+    streams, told = [stream(MANY), stream(MANY, seed=1)], tell(make, MANY)
+    alone = [told.logits, told.other]
     for i, turn in enumerate(in_turns([first, second], streams, MANY.pieces)):
         same("L2 explicit state", f"stream {i} of two that go through two models in turns", turn, alone[i])
 
 
-def in_turns(models: list[MemoryTransformer], streams: list[Tensor], pieces: Sequence[int]) -> list[Tensor]:
+def in_turns(
+    models: list[MemoryTransformer],
+    streams: list[Tensor],
+    pieces: Sequence[int],
+    mask: Tensor | None = None,
+) -> list[Tensor]:
     """Logits of several streams, of which each in turn gets its next piece, and at most a segment."""
     logits: list[list[Tensor]] = [[] for _ in streams]
     states: list[MemoryState | None] = [None for _ in streams]
     cuts = {*accumulate(pieces), *range(SEGMENT, sum(pieces), SEGMENT)}
     for start, stop in pairwise([0, *sorted(cuts)]):
         for i, model in enumerate(models):
-            said, states[i] = feed(model, streams[i][:, start:stop], state=states[i])
+            part = slice(start, stop)
+            real = None if mask is None else mask[:, part]
+            said, states[i] = feed(model, streams[i][:, part], None, real, states[i])
             logits[i].append(said)
     return [torch.cat(said, 1) for said in logits]
 
 
 def isolation(make: Make, feeding: Feeding) -> None:
     """L3: rows never mix: each keeps its logits and state whatever the others say, and in any order."""
-    law, model, tokens, mask = "L3 isolation", make(), stream(feeding), feeding.mask()
-    want, state = feed(model, tokens, feeding.pieces, mask)
-    for order, rows in (([2, 0, 1], [0]), ([1, 2, 0], [1, 2])):
+    law, tokens, mask, told = "L3 isolation", stream(feeding), feeding.mask(), tell(make, feeding)
+    mixes = (([2, 0, 1], [0]), ([1, 2, 0], [1, 2]))  # an order, and which rows say something else
+    batches = []
+    for order, rows in mixes:
         changed = tokens.clone()
         changed[rows] = (changed[rows] + 1) % VOCAB
-        got, got_state = feed(model, changed[order], feeding.pieces, None if mask is None else mask[order])
+        batches.append(changed[order])
+    masks = None if mask is None else torch.cat([mask[order] for order, _ in mixes])
+    got, got_state = feed(make(), torch.cat(batches), feeding.pieces, masks)
+    for i, (order, rows) in enumerate(mixes):
         others = [row for row in order if row not in rows]
-        places = torch.tensor([order.index(row) for row in others])
-        same(law, f"logits beside rows {rows}, in another order", got[places], want[others])
-        mine, theirs = got_state.rows(places), state.rows(torch.tensor(others))
+        places = torch.tensor([BATCH * i + order.index(row) for row in others])
+        same(law, f"logits beside rows {rows}, in another order", got[places], told.logits[others])
+        mine, theirs = got_state.rows(places), told.state.rows(torch.tensor(others))
         same_state(law, f"state beside rows {rows}, in another order", mine, theirs)
-        places = [order.index(row) for row in rows]
-        differs(law, f"rows {rows} ignore their own tokens", got[places], want[rows])
+        places = [BATCH * i + order.index(row) for row in rows]
+        differs(law, f"rows {rows} ignore their own tokens", got[places], told.logits[rows])
 
 
 def forgetting(make: Make, feeding: Feeding) -> None:
@@ -220,38 +287,41 @@ def forgetting(make: Make, feeding: Feeding) -> None:
 
     Inside a segment of which p tokens were read, a new stream is one with p tokens of padding first.
     """
-    law, model, row = "L3 reset", make(), 1
-    halves = (feeding.cut, feeding.tokens - feeding.cut)
-    first, rest = stream(feeding).split(halves, 1)
-    first_mask, rest_mask = split(feeding.mask(), halves)
-    _, state = feed(model, first, None, first_mask)
-    reset = model.reset(state, torch.arange(BATCH) == row)
-    got, got_state = feed(model, rest, None, rest_mask, reset)
-    kept, kept_state = feed(model, rest, None, rest_mask, state)
+    law, row, stopped = "L3 reset", 1, stop(make, feeding)
+    model, rest, mask = stopped.model, stopped.rest, stopped.mask
+    kept, kept_state = stopped.logits, stopped.last
+    reset = model.reset(stopped.state, torch.arange(BATCH) == row)
+    got, got_state = feed(model, rest, None, mask, reset)
     others = torch.tensor([r for r in range(BATCH) if r != row])
     same(law, "logits of the other rows", got[others], kept[others])
     same_state(law, "state of the other rows", got_state.rows(others), kept_state.rows(others))
 
-    read = state.window.length
+    read = stopped.state.window.length
     if read or carries(model.config):
         differs(law, "a reset changes nothing", got[row], kept[row])
     padding = torch.zeros(BATCH, read, dtype=torch.int64)
-    new_mask = torch.cat((padding, torch.ones_like(rest) if rest_mask is None else rest_mask), 1)
+    new_mask = torch.cat((padding, torch.ones_like(rest) if mask is None else mask), 1)
     new, new_state = feed(model, torch.cat((padding, rest), 1), None, new_mask)
     same(law, "logits of the row, against a new stream", got[row], new[row, read:])
-    for mine, theirs in zip(got_state.banks, new_state.banks, strict=True):
-        index = torch.tensor([row])
-        same_state(law, "memory of the row, against a new stream", mine.rows(index), theirs.rows(index))
+    index = torch.tensor([row])
+    mine, theirs = replace(got_state, window=new_state.window).rows(index), new_state.rows(index)
+    same_state(law, "memory of the row, against a new stream", mine, theirs)
 
 
 def segmentation(make: Make, feeding: Feeding) -> None:
     """L4: a stream in one call, in segments and in any pieces: the same logits and the same state."""
-    law, model, tokens, mask = "L4 segmentation", make(), stream(feeding), feeding.mask()
-    want, state = feed(model, tokens, None, mask)
-    t = feeding.tokens
+    law, model, tokens, t = "L4 segmentation", make(), stream(feeding), feeding.tokens
+
+    def said_in(pieces: tuple[int, ...]) -> tuple[Tensor, MemoryState]:
+        if pieces == feeding.pieces:
+            told = tell(make, feeding)
+            return told.logits, told.state
+        return feed(model, tokens, pieces, feeding.mask())
+
+    want, state = said_in((t,))
     segments = tuple(min(SEGMENT, t - start) for start in range(0, t, SEGMENT))
     for pieces in sorted({feeding.pieces, segments, (1, t - 2, 1)} - {(t,)}):
-        got, got_state = feed(model, tokens, pieces, mask)
+        got, got_state = said_in(pieces)
         same(law, f"logits in pieces of {pieces}", got, want)
         same_state(law, f"state after pieces of {pieces}", got_state, state)
 
@@ -286,33 +356,39 @@ def padding(make: Make) -> None:
         same_state(law, "memory after a segment of padding", mine.rows(index), theirs.rows(index), EXACT)
 
 
+@cache
+def plainly(plain: MemoryTransformer, feeding: Feeding) -> Tensor:
+    """The logits of a model without memory, which stays as it is."""
+    return feed(plain, stream(feeding), feeding.pieces, feeding.mask())[0]
+
+
 def off(remembering: MemoryTransformer, plain: MemoryTransformer, feeding: Feeding) -> None:
-    """L5: a memory that is off leaves the plain transformer of the same weights, bit for bit."""
-    weights = remembering.state_dict()
-    plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
-    tokens, mask = stream(feeding), feeding.mask()
-    want, _ = feed(plain, tokens, feeding.pieces, mask)
-    got, _ = feed(remembering, tokens, feeding.pieces, mask)
-    same("L5 off means off", "logits", got, want, EXACT)
+    """L5: a memory that is off leaves the plain transformer of the same weights, bit for bit.
+
+    The remembering model takes the plain one's weights, which has a place for each.
+    """
+    unknown = remembering.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+    if unknown:
+        raise AssertionError(f"L5 off means off: no place for the plain model's {unknown}")
+    got, _ = feed(remembering, stream(feeding), feeding.pieces, feeding.mask())
+    same("L5 off means off", "logits", got, plainly(plain, feeding), EXACT)
 
 
 def bounded(make: Make, feeding: Feeding) -> None:
     """L6: the state has one size at every end of a segment, and never outgrows a segment left open."""
-    law, model, tokens, mask = "L6 bounded", make(), stream(feeding), feeding.mask()
-    size = model.init_state(BATCH).nbytes
-    _, almost = feed(model, tokens[:, : SEGMENT - 1])
-    state = None
-    for piece, piece_mask in zip(tokens.split(feeding.pieces, 1), split(mask, feeding.pieces), strict=True):
-        _, state = feed(model, piece, None, piece_mask, state)
-        if not state.window.length and state.nbytes != size:
-            raise AssertionError(f"{law}: {state.nbytes} bytes at the end of a segment, not {size}")
-        if state.nbytes > almost.nbytes:
-            raise AssertionError(f"{law}: {state.nbytes} bytes, above an open segment's {almost.nbytes}")
+    law, model, told = "L6 bounded", make(), tell(make, feeding)
+    size = model.init_state(BATCH).nbytes / BATCH
+    almost = feed(model, stream(feeding)[:, : SEGMENT - 1])[1].nbytes / BATCH
+    for length, bytes_ in told.sizes:
+        if not length and bytes_ != size:
+            raise AssertionError(f"{law}: {bytes_} bytes a row at the end of a segment, not {size}")
+        if bytes_ > almost:
+            raise AssertionError(f"{law}: {bytes_} bytes a row, above an open segment's {almost}")
 
 
 def endless(make: Make) -> None:
     """L6: after a long stream of large inputs the state has the size it began with, and is finite."""
-    law, model = "L6 bounded", make()
+    law, model = "L6 bounded", deepcopy(make())
     with torch.no_grad():
         model.embedding.weight *= 1000.0
     logits, state = feed(model, stream(Feeding("long", (LONG * SEGMENT,))))
@@ -331,9 +407,9 @@ def truncation(make: Make) -> None:
         cut = SEGMENT + read
         tokens = 1 + stream(MANY) % (VOCAB - 1)
         tokens[:, [1, cut - 1]] = early
+        state = model(tokens[:, :cut]).memory_state
         logits = []
-        for detach in (False, True):
-            state = model(tokens[:, :cut]).memory_state
+        for detach in (True, False):  # the graph behind the state is used up by the last
             output = model(tokens[:, cut:], memory_state=state.detach() if detach else state)
             loss = F.cross_entropy(output.logits.flatten(0, 1), tokens[:, cut:].flatten())
             (gradient,) = torch.autograd.grad(loss, model.embedding.weight)

@@ -1,5 +1,6 @@
 """Every law, over every architecture the registry offers and every way to feed a stream."""
 
+from copy import deepcopy
 from functools import cache
 from itertools import cycle
 
@@ -28,7 +29,7 @@ CASES = cases()
 WITH_MEMORY = [case for case in CASES if case.kinds]
 
 
-PLAIN = BASELINE.fresh()
+PLAIN = BASELINE.build()
 
 
 def every(name, values):
@@ -36,18 +37,14 @@ def every(name, values):
 
 
 @cache
-def two_models(case: Case):
-    return case.build(), case.build()
-
-
 def make(case: Case):
     """A function that gives, in turn, two models of the same weights, built once for all the laws."""
-    return cycle(two_models(case)).__next__
+    return cycle((case.build(), case.build())).__next__
 
 
 @cache
 def closed(case: Case):
-    model = case.build()
+    model = deepcopy(make(case)())
     model.close_memory()
     return model
 
@@ -70,7 +67,7 @@ def test_every_registered_memory_is_a_case():
 @every("case", WITH_MEMORY)
 def test_what_was_said_before_is_read(case: Case):
     """The laws mean something only for models whose memory has an effect, and has none where it says so."""
-    model, tokens = case.build(), stream(MANY)
+    model, tokens = make(case)(), stream(MANY)
     changed = tokens.clone()
     changed[:, 1] = (changed[:, 1] + 1) % VOCAB
     (before, _), (after, _) = feed(model, tokens), feed(model, changed)
@@ -109,12 +106,12 @@ def test_a_residual_memory_starts_as_the_plain_transformer(case: Case, feeding):
 
 @every("case", CASES)
 def test_two_models_share_nothing(case: Case):
-    separate_models(case.build)
+    separate_models(make(case))
 
 
 @every("case", CASES)
 def test_a_long_stream_stays_finite(case: Case):
-    endless(case.build)
+    endless(make(case))
 
 
 @every("case", CASES)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import pytest
 import torch
 from einops import rearrange
@@ -231,9 +229,3 @@ def test_the_trainer_adds_the_cost():
         opened.append(float(trainer.model.block(0).memories["external"].retrieval.query.bias.detach()))
     assert losses[0] == 0 and losses[1] == pytest.approx(0.6225, abs=1e-3)
     assert opened[1] < opened[0]
-
-
-def test_the_state_is_that_of_external_memory():
-    assert {f.name for f in fields(memory().init_state(B))} == {
-        f.name for f in fields(plain(memory()).init_state(B))
-    }

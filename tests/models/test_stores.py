@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from memlib.config import Config, IndexConfig, MemoryConfig, ModelConfig, override
-from memlib.memory import State
 from memlib.memory.shelves import StoredState
 from memlib.memory.store import StoreError
-from memlib.models import MemoryTransformer
+from memlib.models import MemoryState, MemoryTransformer
 from memlib.models.stores import (
     attach_stores,
     detach_stores,
@@ -64,13 +63,10 @@ def stored(monkeypatch):
 
     plain = laws.same_state
 
-    def same_state(law, what, got: State, want: State, within: float = laws.TIGHT) -> None:
-        if hasattr(got, "banks"):
-            plain(law, what, got.window, want.window, within)
-            for place, (mine, theirs) in enumerate(zip(got.banks, want.banks, strict=True)):
-                compare(law, f"{what}, bank {place}", place, mine, theirs, within)
-        else:
-            compare(law, what, 0, got, want, within)
+    def same_state(law, what, got: MemoryState, want: MemoryState, within: float = laws.TIGHT) -> None:
+        plain(law, what, got.window, want.window, within)
+        for place, (mine, theirs) in enumerate(zip(got.banks, want.banks, strict=True)):
+            compare(law, f"{what}, bank {place}", place, mine, theirs, within)
 
     def compare(law, what, place, got, want, within):
         laws.same(law, f"{what}: last", got.last, want.last, within)
@@ -97,8 +93,6 @@ VARIANTS = {
 @pytest.mark.parametrize("law", laws.LAWS)
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
 def test_the_laws_hold_with_a_store(stored, options, law, feeding):
-    if law == "L3_reset" and options.get("memory_sharing") is None:
-        pytest.skip("compares single banks: held for a shared one")
     laws.LAWS[law](stored(case(**options)), feeding)
 
 
