@@ -67,8 +67,7 @@ class SelfAttention(nn.Module):
 
         q, k, v = (heads(p(hidden)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.rotary is not None:
-            first = past_keys.shape[-2]
-            q, k = self.rotary(q, first), self.rotary(k, first)
+            q, k = self.rotary(torch.cat((q, k)), past_keys.shape[-2]).chunk(2)
         keys, values = torch.cat((past_keys, k), -2), torch.cat((past_values, v), -2)
         mixed = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=mask is None)
         if mix is not None:
