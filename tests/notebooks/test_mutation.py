@@ -26,9 +26,9 @@ MUTANTS = {
     "segment written before it is read": (
         "03_internal_memory",
         "models/transformer.py",
-        "output = block(stream, past.keys[layer], past.values[layer], allowed, states)",
+        "output = run(block, stream, past.keys[layer], past.values[layer], allowed, states)",
         "states = tuple(m.write(stream, s, new) for m, s in zip(block.kinds(), states)); "
-        "output = block(stream, past.keys[layer], past.values[layer], allowed, states)",
+        "output = run(block, stream, past.keys[layer], past.values[layer], allowed, states)",
     ),
     "reset forgets nothing": (
         "00_start_here",
