@@ -33,9 +33,7 @@ from memlib.config.memory import (
     MemoryConfig,
     RingMemoryConfig,
 )
-from memlib.config.model import (
-    ModelConfig,
-)
+from memlib.config.model import ModelConfig
 from memlib.config.reference import reference, reference_page
 from memlib.config.task import (
     CopyConfig,
@@ -47,10 +45,7 @@ from memlib.config.task import (
     TextConfig,
     TopicsConfig,
 )
-from memlib.config.training import (
-    Stage,
-    TrainingConfig,
-)
+from memlib.config.training import Stage, TrainingConfig
 
 __all__ = [
     "ChaptersMemoryConfig",

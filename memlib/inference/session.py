@@ -26,7 +26,7 @@ from memlib.inference.states import load_state, save_state
 from memlib.inference.tokenizer import Tokenizer, decode, tokenizer_for
 from memlib.models import MemoryState, MemoryTransformer
 from memlib.models.evaluating import evaluating
-from memlib.models.stores import forget_streams, forgetting_on_failure
+from memlib.models.stores import attached_stores, forget_streams, forgetting_on_failure
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Sessions:
             with forgetting_on_failure(self.model):
                 yield
         except BaseException:
-            for user in users:
+            for user in users if attached_stores(self.model) else ():
                 if user in self.sessions:
                     left, state = self.failed.setdefault(user, []), self.sessions[user].state
                     if not any(state is one for one in left):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -229,7 +229,7 @@ class StoreShelf:
         if theirs:
             cosine = torch.stack([hits.score for hits in rows]).to(query)
         else:
-            keys = torch.stack([hits.keys for hits in rows if hits.keys is not None]).to(query)
+            keys = torch.stack([cast(Tensor, hits.keys) for hits in rows]).to(query)
             cosine = einsum(query, keys, "b h n k, b h n j k -> b h n j")
         return Found(cosine, serial, values, serial)
 

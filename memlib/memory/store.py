@@ -285,8 +285,9 @@ class Store:
             return products_at(query, rows, lines.masked_fill(none, -1))
         rows = self.rows_at(column, place.clamp(min=0))
         if query.dtype == torch.float32:  # to the last bit what the same rows give in one piece
-            lines = torch.arange(place.numel()).view_as(place).masked_fill(none, -1)
-            return products_at(query, rearrange(rows, "h n j k -> (h n j) k"), lines)
+            h, n, j = place.shape
+            lines = rearrange(torch.arange(place.numel()), "(h n j) -> h n j", h=h, n=n, j=j)
+            return products_at(query, rearrange(rows, "h n j k -> (h n j) k"), lines.masked_fill(none, -1))
         return einsum(query, rows, "h n k, h n j k -> h n j").masked_fill_(none, -torch.inf)
 
     def weights(self, number: int, cursor: int, serial: Tensor, weight: Tensor) -> Tensor:

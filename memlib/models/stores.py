@@ -32,13 +32,19 @@ from memlib.models.transformer import MemoryTransformer
 Stores = dict[int, Store]
 
 
-def external_memories(model: MemoryTransformer) -> dict[int, list[ExternalMemory]]:
-    """The model's external memories by the place of their state in `MemoryState.banks`."""
-    found: dict[int, list[ExternalMemory]] = {}
+def placed_memories(model: MemoryTransformer) -> Iterator[tuple[int, ExternalMemory]]:
+    """Each external memory with the place of its state in `MemoryState.banks`; none for other models."""
     for layer, places in model.places.items():
         for place, memory in zip(places, model.block(layer).kinds(), strict=True):
             if isinstance(memory, ExternalMemory):
-                found.setdefault(place, []).append(memory)
+                yield place, memory
+
+
+def external_memories(model: MemoryTransformer) -> dict[int, list[ExternalMemory]]:
+    """The model's external memories by the place of their state; ValueError where there are none."""
+    found: dict[int, list[ExternalMemory]] = {}
+    for place, memory in placed_memories(model):
+        found.setdefault(place, []).append(memory)
     if not found:
         raise ValueError("this model has no external memory: set memory.kinds: [external]")
     return found
@@ -90,17 +96,15 @@ def forget_streams(model: MemoryTransformer, state: MemoryState) -> None:
 
     Earlier states of the same streams are too. A model without stores has nothing to drop.
     """
-    for layer, places in model.places.items():
-        for place, memory in zip(places, model.block(layer).kinds(), strict=True):
-            if isinstance(memory, ExternalMemory) and isinstance(memory.shelf, StoreShelf):
-                for stream in cast(StoredState, state.banks[place]).stream.tolist():
-                    memory.shelf.store.forget(stream)
+    for place, memory in placed_memories(model):
+        if isinstance(memory.shelf, StoreShelf):
+            for stream in cast(StoredState, state.banks[place]).stream.tolist():
+                memory.shelf.store.forget(stream)
 
 
 def attached_stores(model: MemoryTransformer) -> list[Store]:
     """The stores that memories of the model keep their pairs in, each once; none without."""
-    memories = [memory for layer in model.places for memory in model.block(layer).kinds()]
-    shelves = [memory.shelf for memory in memories if isinstance(memory, ExternalMemory)]
+    shelves = [memory.shelf for _, memory in placed_memories(model)]
     stores = {id(shelf.store): shelf.store for shelf in shelves if isinstance(shelf, StoreShelf)}
     return list(stores.values())
 

@@ -12,9 +12,8 @@ with the same logits and the same state (law L4), and generation needs no other 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -63,7 +62,6 @@ class MemoryTransformer(nn.Module):
             )
             for layer in range(model.num_layers)
         )
-        self.recomputing = config.training.gradient_checkpointing
         self.places = state_places(kinds_of_layer, self.bank_of_layer)
         self.share_banks(kinds_of_layer)
         self.norm = RMSNorm(model.hidden_dim)
@@ -186,13 +184,14 @@ class MemoryTransformer(nn.Module):
         valid = torch.cat((past.mask, new), 1)
         allowed = window_mask(ids.shape[1], None if whole else valid, past.length, ids.device)
         stream = self.embedding(ids)
-        run = partial(checkpoint, use_reentrant=False) if self.training and self.recomputing else called
+        again = self.training and self.config.training.gradient_checkpointing
         keys: list[Tensor] = []
         values: list[Tensor] = []
         hidden: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             states = self.opened(layer, state.banks, past.hidden[len(hidden) :], valid)
-            output = run(block, stream, past.keys[layer], past.values[layer], allowed, states)
+            read = partial(checkpoint, block, use_reentrant=False) if again else block
+            output = read(stream, past.keys[layer], past.values[layer], allowed, states)
             stream = output.stream
             keys.append(output.keys)
             values.append(output.values)
@@ -277,11 +276,6 @@ class MemoryTransformer(nn.Module):
                 f"memory_state holds {window.mask.shape[0]} streams, input_ids "
                 f"{input_ids.shape[0]}: pick rows with memory_state.rows(index) or start from None"
             )
-
-
-def called(function: Callable[..., Any], *arguments: Any) -> Any:
-    """A call, where `checkpoint` would compute it again in the backward pass."""
-    return function(*arguments)
 
 
 def state_places(kinds: dict[int, list[str]], banks: dict[int, int]) -> dict[int, list[int]]:

@@ -26,9 +26,9 @@ MUTANTS = {
     "segment written before it is read": (
         "03_internal_memory",
         "models/transformer.py",
-        "output = run(block, stream, past.keys[layer], past.values[layer], allowed, states)",
+        "output = read(stream, past.keys[layer], past.values[layer], allowed, states)",
         "states = tuple(m.write(stream, s, new) for m, s in zip(block.kinds(), states)); "
-        "output = run(block, stream, past.keys[layer], past.values[layer], allowed, states)",
+        "output = read(stream, past.keys[layer], past.values[layer], allowed, states)",
     ),
     "reset forgets nothing": (
         "00_start_here",
