@@ -199,7 +199,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    from memlib.training.comparison import measure, to_markdown, write_json
+    from memlib.experiments.comparison import measure, to_markdown, write_json
     from memlib.training.trainer import load_run
 
     results = []
@@ -253,8 +253,8 @@ def generate(arguments: argparse.Namespace) -> int:
 
 
 def table(arguments: argparse.Namespace) -> int:
-    from memlib.training.comparison import compare, summary, to_markdown, write_json
-    from memlib.training.studies import LENGTHS, MEASURES, PREPARED, named_comparison
+    from memlib.experiments.comparison import compare, summary, to_markdown, write_json
+    from memlib.experiments.studies import LENGTHS, MEASURES, PREPARED, named_comparison
 
     configs = named_comparison(arguments.name)
     segments = arguments.segments or LENGTHS.get(arguments.name, [4, 6, 32])

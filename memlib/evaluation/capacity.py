@@ -17,10 +17,10 @@ from memlib.config import Config, override
 from memlib.evaluation.table import markdown
 from memlib.memory import MEMORIES
 from memlib.memory.base import State
-from memlib.memory.chapters import ChapterState
+from memlib.memory.chapters.memory import ChapterState
+from memlib.memory.external.backends import ExternalState
 from memlib.memory.hds import HdsState
 from memlib.memory.ring import RingState
-from memlib.memory.shelves import ExternalState
 
 MILLION = 1_000_000
 

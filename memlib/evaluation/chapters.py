@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from einops import einsum, reduce
 
-from memlib.memory.chapters import ChapterMemory
-from memlib.models.evaluating import evaluating
+from memlib.memory.chapters.memory import ChapterMemory
+from memlib.models.eval_mode import eval_mode
 from memlib.models.transformer import MemoryTransformer
 from memlib.tasks.topics import Topics
 
@@ -25,7 +25,7 @@ def topics_and_chapters(
     memory = [m for m in model.modules() if isinstance(m, ChapterMemory)][layer]
     hook = memory.weight_probe.register_forward_hook(lambda probe, args, weight: seen.append(weight))
     try:
-        with evaluating(model):
+        with eval_mode(model):
             model(tokens)
     finally:
         hook.remove()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memlib.config import Config, HdsMemoryConfig, override
 from memlib.evaluation.capacity import Part, capacity, designs, page, parts_of, size, table
-from memlib.memory import MEMORIES, State
+from memlib.memory import MEMORIES, State, axes
 
 PAGE = Path(__file__).parents[2] / "docs" / "capacity.md"
 
@@ -64,8 +64,8 @@ def test_the_design_is_what_a_model_of_it_would_carry():
 class Unknown(State):
     """A state this package does not have: [b k s e] and counters."""
 
-    banks: Tensor
-    counts: Tensor
+    banks: Tensor = axes("batch bank slot feature")
+    counts: Tensor = axes("batch bank slot")
 
 
 def test_a_memory_nobody_named_counts_what_holds_content():

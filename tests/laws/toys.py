@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from memlib.config.fields import option
 from memlib.config.memory import MemoryOptions
-from memlib.memory import Memory, State
+from memlib.memory import Memory, State, axes
 
 
 @dataclass(kw_only=True)
@@ -26,9 +26,9 @@ class RingConfig(MemoryOptions):
 class RingState(State):
     """keys, values: [b c d]; count: [b] items ever written."""
 
-    keys: Tensor
-    values: Tensor
-    count: Tensor
+    keys: Tensor = axes("batch slot feature")
+    values: Tensor = axes("batch slot feature")
+    count: Tensor = axes("batch")
 
 
 class RingMemory(Memory):
@@ -37,8 +37,7 @@ class RingMemory(Memory):
     start: Tensor
 
     def __init__(self, config: RingConfig, hidden_dim: int) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.v_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
         self.register_buffer("start", torch.zeros(config.capacity, hidden_dim), persistent=False)
 

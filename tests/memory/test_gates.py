@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from memlib.memory.gates import Gate, ResidualFusion, SoftmaxFusion, identity_slots
+from memlib.memory.address import identity_slots
+from memlib.memory.gates import Gate
+from memlib.models.fusion import ResidualFusion, SoftmaxFusion
 
 
 def random(*shape, seed=0):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from memlib.config import Config, ConfigError, LtmMemoryConfig, override
 from memlib.memory import LongTermMemory
-from memlib.memory.ltm import BankState, lottery, survivors
+from memlib.memory.ltm import LtmState, lottery, survivors
 
 B, N, D, S, E = 2, 6, 5, 8, 4
 MASKS = {
@@ -35,7 +35,7 @@ def memory(**options):
 
 
 def state():
-    return BankState(random(B, S, E, seed=41), torch.zeros(B, S, dtype=torch.int64), torch.tensor([3, 7]))
+    return LtmState(random(B, S, E, seed=41), torch.zeros(B, S, dtype=torch.int64), torch.tensor([3, 7]))
 
 
 def heard(built, point, call):

@@ -7,7 +7,7 @@ from torch import nn
 from memlib import MemoryTransformerBlock, VanillaTransformerBlock
 from memlib.config import ChaptersMemoryConfig
 from memlib.memory import ChapterMemory
-from memlib.models import StreamBlock
+from memlib.models import TransformerBlock
 
 B, N, D, H, M = 2, 5, 16, 4, 6
 
@@ -53,7 +53,7 @@ def test_without_memory_it_is_the_vanilla_block():
 def test_it_is_the_models_block_with_a_bank_read_whole(variant):
     config = ChaptersMemoryConfig(num_memory_tokens=M, num_heads=H, use_chapters=False)
     bank = ChapterMemory(config, D)
-    own = StreamBlock(D, H, 4 * D, {"chapters": bank}, "residual", variant).double()
+    own = TransformerBlock(D, H, 4 * D, {"chapters": bank}, "residual", variant).double()
     stirred(own)
     with torch.no_grad():
         own.fusion.o_proj[0].weight.copy_(torch.eye(D))
