@@ -319,7 +319,7 @@ def hybrid(arguments: argparse.Namespace) -> int:
 
 
 def stream(arguments: argparse.Namespace) -> int:
-    from memlib.evaluation import stream as measured
+    from memlib.evaluation import long_stream as measured
     from memlib.evaluation.retrieval import named_index
     from memlib.evaluation.table import markdown
 

@@ -88,9 +88,9 @@ class Memory(nn.Module, ABC):
     uses_ids = False
     uses_heads = False
 
-    def __init__(self, config: MemoryOptions) -> None:
+    def __init__(self, config: MemoryOptions, hidden_dim: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.hidden_dim = config, hidden_dim
         self._layout: Layout | None = None
 
     @property

@@ -73,7 +73,7 @@ class HdsMemory(Memory):
     """y_t = sum_l g_tl level_l(h_t),  g_t = softmax(h_t W + b): the levels of the hierarchy, mixed."""
 
     def __init__(self, config: HdsMemoryConfig, hidden_dim: int) -> None:
-        super().__init__(config)
+        super().__init__(config, hidden_dim)
         self.token = Linear(hidden_dim, hidden_dim)
         self.blocks = BlockLevel(config, hidden_dim)
         self.summary = SummaryLevel(hidden_dim)

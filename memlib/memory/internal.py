@@ -49,7 +49,7 @@ class InternalMemory(Memory):
     start: Tensor
 
     def __init__(self, config: InternalMemoryConfig, hidden_dim: int) -> None:
-        super().__init__(config)
+        super().__init__(config, hidden_dim)
         slot_dim = config.slot_dim or hidden_dim
         self.register_buffer("start", torch.empty(config.num_slots, slot_dim), persistent=False)
         if config.write == "addressed":

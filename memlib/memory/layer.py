@@ -92,7 +92,7 @@ class LayerMemories(nn.ModuleDict):
         """
         after: list[State] = []
         for memory, state in zip(self.memory_list, inputs.latest or (), strict=True):
-            more = {"ids": inputs.ids} if memory.uses_ids else {}
+            more: dict[str, Tensor | None] = {"ids": inputs.ids} if memory.uses_ids else {}
             if memory.uses_heads:
                 more |= {"keys": keys, "values": values}
             written = memory.write(hidden, state, inputs.mask, **more)

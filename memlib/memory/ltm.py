@@ -56,7 +56,7 @@ class LongTermMemory(Memory):
     start: Tensor
 
     def __init__(self, config: LtmMemoryConfig, hidden_dim: int) -> None:
-        super().__init__(config)
+        super().__init__(config, hidden_dim)
         key_dim = value_dim = config.slot_dim // 2
         self.rule: SlotRule | None = None
         if config.slots == "adaptive":

@@ -147,7 +147,7 @@ class RingMemory(Memory):
     config: RingMemoryConfig
 
     def __init__(self, config: RingMemoryConfig, hidden_dim: int) -> None:
-        super().__init__(config)
+        super().__init__(config, hidden_dim)
         width = config.slot_dim // 2
         self.key = TokenKey(hidden_dim, width, config.shift_init)
         self.reader = MemoryAttention(config.sharpness, "reader.weight")

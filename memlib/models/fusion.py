@@ -60,5 +60,5 @@ class ResidualFusion(nn.Module):
     @torch.no_grad()
     def close(self) -> None:
         """Shut the memories out: exactly the plain transformer until W_o is trained."""
-        for project in self.o_proj:
-            nn.init.zeros_(project.weight)
+        for weight in self.parameters():
+            weight.zero_()

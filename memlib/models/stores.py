@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from memlib.config import IndexConfig
-from memlib.memory.external.backends import StoreBackend, StoredState
+from memlib.memory.external.backends import ExternalState, StoreBackend, StoredState
 from memlib.memory.external.memory import ExternalMemory, shape_for
 from memlib.memory.external.stale import StaleKeys, stale_keys
 from memlib.memory.external.storage import MANIFEST, open_store, save_store
@@ -135,7 +135,7 @@ def encoder_sketches(model: RecurrentModel) -> dict[int, Tensor]:
     try:
         with eval_mode(model):
             states = model(tokens[None]).memory_state.memories
-        return {slot: states[slot].keys[0, :, :n].cpu() for slot in memories}
+        return {slot: cast(ExternalState, states[slot]).keys[0, :, :n].cpu() for slot in memories}
     finally:
         for slot, group in memories.items():
             for memory, backend in zip(group, backends[slot], strict=True):

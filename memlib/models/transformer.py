@@ -15,6 +15,7 @@ the graph that can be compiled or exported. The layers' bookkeeping is `memlib.m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -184,9 +185,10 @@ class MemoryTransformer(nn.Module):
                     latest=self.stack.at(layer, latest) if complete else None,
                     has_tokens=has_tokens,
                 )
+            read: Callable[..., BlockOutput] = block
             if self.training and self.config.training.gradient_checkpointing:
-                block = partial(checkpoint, block, use_reentrant=False)
-            output = block(residual, past.keys[layer], past.values[layer], allowed, inputs)
+                read = partial(checkpoint, block, use_reentrant=False)
+            output = read(residual, past.keys[layer], past.values[layer], allowed, inputs)
             if inputs is not None and complete:
                 self.stack.put(layer, latest, output.states)
             residual = output.residual

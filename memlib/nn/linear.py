@@ -6,6 +6,7 @@ all inside it: after building, and on a model that was built on the meta device 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,8 +40,9 @@ class Embedding(nn.Embedding):
 def initialise(module: nn.Module) -> nn.Module:
     """Give every parameter and every buffer its start: `reset_parameters` of each module inside, in order."""
     for part in module.modules():
-        if hasattr(part, "reset_parameters"):
-            part.reset_parameters()
+        reset: Callable[[], None] | None = getattr(part, "reset_parameters", None)
+        if reset is not None:
+            reset()
     return module
 
 

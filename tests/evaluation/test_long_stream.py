@@ -76,6 +76,9 @@ class Growing(InternalMemory):
         slots = super().write(hidden, state, mask).slots
         return SlotState(torch.cat((slots, slots[:, :1]), 1))
 
+    def check_state(self, state, name):
+        """Nobody refuses it at the door."""
+
 
 class Hoarding(InternalMemory):
     """Keeps every segment, out of its state's sight."""

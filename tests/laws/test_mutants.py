@@ -338,6 +338,9 @@ class Grows(InternalMemory):
         newest = super().write(hidden, SlotState(state.slots[:, -8:]), mask)
         return GrowingState(torch.cat((state.slots, newest.slots), 1))
 
+    def check_state(self, state, name):
+        """Nobody refuses it at the door either."""
+
 
 class Explodes(InternalMemory):
     """M <- 10^6 M + new: nothing decays."""

@@ -37,7 +37,7 @@ class RingMemory(Memory):
     start: Tensor
 
     def __init__(self, config: RingConfig, hidden_dim: int) -> None:
-        super().__init__(config)
+        super().__init__(config, hidden_dim)
         self.v_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
         self.register_buffer("start", torch.zeros(config.capacity, hidden_dim), persistent=False)
 

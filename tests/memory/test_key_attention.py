@@ -22,7 +22,7 @@ def parts():
 
 
 def attention(top_k=None):
-    return MemoryAttention(SHARPNESS, top_k).double()
+    return MemoryAttention(SHARPNESS, "weight", top_k).double()
 
 
 def naive(query, keys, values, bias, top_k):
@@ -54,7 +54,7 @@ def test_attention_is_its_equation_token_by_token(top_k, shut):
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_weights_are_heard_over_all_places_and_sum_to_one(top_k):
     built, heard = attention(top_k), []
-    built.weight_probe.register_forward_hook(lambda _module, _inputs, out: heard.append(out))
+    built.weight_point.listeners.append(heard.append)
     read = built(*parts())
     torch.testing.assert_close(heard[0].sum(-1), torch.ones(B, N, dtype=torch.float64))
     torch.testing.assert_close(heard[0] @ parts()[2], read)

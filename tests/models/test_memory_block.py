@@ -7,6 +7,7 @@ from torch import nn
 from memlib import MemoryTransformerBlock, VanillaTransformerBlock
 from memlib.config import ChaptersMemoryConfig
 from memlib.memory import ChapterMemory
+from memlib.memory.layer import LayerInput
 from memlib.models import TransformerBlock
 
 B, N, D, H, M = 2, 5, 16, 4, 6
@@ -65,7 +66,8 @@ def test_it_is_the_models_block_with_a_bank_read_whole(variant):
     }
     block.load_state_dict(weights)
     x, none = random(B, N, D), random(B, H, 0, D // H)
-    want = own(x, none, none, None, [bank.init_state(B)]).stream
+    inputs = LayerInput([bank.init_state(B)], x[:, :0], torch.ones(B, N, dtype=torch.bool), torch.zeros(B, N))
+    want = own(x, none, none, None, inputs).residual
     torch.testing.assert_close(block(x, bank.bank()), want)
 
 

@@ -172,7 +172,7 @@ def test_a_state_of_before_a_store_was_attached_is_refused():
     _, state = laws.feed(built, tokens)
     attach_stores(built)
     with pytest.raises(
-        ValueError, match="holds ExternalState, this memory now takes StoredState: start from None"
+        ValueError, match="is a ExternalState: this memory now takes StoredState; start from None"
     ):
         laws.feed(built, tokens, state=state)
 

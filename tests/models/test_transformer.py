@@ -137,14 +137,14 @@ def test_sharing_says_how_many_banks_there_are(sharing, k, banks):
 
 
 def test_layers_that_share_a_bank_write_it_one_after_another():
-    model = build({"memory.memory_sharing": "shared"})
-    hidden = tuple(torch.randn(2, 4, 16) for _ in range(6))
-    mask = torch.ones(2, 4, dtype=torch.bool)
+    model, mask, seen = build({"memory.memory_sharing": "shared"}), torch.ones(2, 4, dtype=torch.bool), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _block, _inputs, output: seen.append(output.hidden))
     (state,) = model.init_state(2).memories
-    (got,) = model.write(hidden, (state,), mask)
+    (got,) = model(ids(tokens=4)).memory_state.memories
     for layer in range(6):
         (memory,) = model.block(layer).memories.memory_list
-        state = memory.write(hidden[layer], state, mask)
+        state = memory.write(seen[layer], state, mask)
     assert torch.equal(got.slots, state.slots)
 
 

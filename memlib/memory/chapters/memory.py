@@ -60,6 +60,17 @@ class ChapterState(State):
     recent: Tensor = axes("batch token feature")
     mask: Tensor = axes("batch token")
 
+    def where(self, rows: Tensor, other: State) -> ChapterState:
+        """`State.where`; the window of another strategy may be shorter and is filled up in front."""
+        other = cast(ChapterState, other)
+        count = max(self.mask.shape[1], other.mask.shape[1])
+        return super(ChapterState, self.widened(count)).where(rows, other.widened(count))
+
+    def widened(self, count: int) -> ChapterState:
+        missing = count - self.mask.shape[1]
+        recent, mask = F.pad(self.recent, (0, 0, missing, 0)), F.pad(self.mask, (missing, 0), value=False)
+        return replace(self, recent=recent, mask=mask) if missing else self
+
 
 class ChapterMemory(Memory):
     """A bank of learnable tokens, read whole or by chapters (spec D2, D3, D5).
@@ -71,8 +82,7 @@ class ChapterMemory(Memory):
     config: ChaptersMemoryConfig
 
     def __init__(self, config: ChaptersMemoryConfig, hidden_dim: int) -> None:
-        super().__init__(config)
-        self.hidden_dim = hidden_dim
+        super().__init__(config, hidden_dim)
         self.bank = make_bank(config, hidden_dim)
         self.attention = MemoryCrossAttention(
             hidden_dim,

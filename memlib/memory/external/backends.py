@@ -27,17 +27,16 @@ from memlib.memory.state import State, axes
 
 @dataclass(frozen=True)
 class Hits:
-    """The nearest pairs of each query, best first: cosine, serial: [b h n j], values: [b h n j k].
+    """The nearest pairs of each query, best first: score, serial: [b h n j], values: [b h n j k].
 
     serial: which token of its stream a hit is, -1 for a missing hit (an empty memory, a skipped search);
-    index: where the backend keeps it. score: the softmax's argument, once the memory has set it.
+    index: where the backend keeps it; score: the cosine of query and key, scaled by the memory later.
     """
 
-    cosine: Tensor
+    score: Tensor
     serial: Tensor
     values: Tensor
     index: Tensor
-    score: Tensor | None = None
 
     @property
     def exist(self) -> Tensor:
@@ -47,7 +46,6 @@ class Hits:
     @property
     def weight(self) -> Tensor:
         """softmax of the scores over the hits; zero, not uniform, where there are none: [b h n j]."""
-        assert self.score is not None
         return torch.softmax(self.score, -1) * self.exist
 
     @property
@@ -70,7 +68,7 @@ class Hits:
         number = (searched.cumsum(1) - 1).clamp(0, self.serial.shape[2] - 1)
         at = rearrange(number, "b n -> b 1 n 1")
         return Hits(
-            cosine=self.cosine.take_along_dim(at, 2),
+            score=self.score.take_along_dim(at, 2),
             serial=self.serial.take_along_dim(at, 2).masked_fill(~rearrange(searched, "b n -> b 1 n 1"), -1),
             values=self.values.take_along_dim(rearrange(at, "b 1 n 1 -> b 1 n 1 1"), 2),
             index=self.index.take_along_dim(at, 2),
@@ -149,7 +147,7 @@ class StateBackend:
         serial = rearrange(serial, "b (h n j) -> b h n j", h=query.shape[1], n=n)
         index = repeat(place, "b h n j -> b h (n j) k", k=state.values.shape[-1])
         return Hits(
-            cosine=cosine.gather(-1, place),
+            score=cosine.gather(-1, place),
             serial=serial.masked_fill(none, -1),
             values=rearrange(state.values.gather(2, index), "b h (n j) k -> b h n j k", n=n),
             index=place,

@@ -70,8 +70,8 @@ class ExternalMemory(Memory):
     config: ExternalMemoryConfig
 
     def __init__(self, config: ExternalMemoryConfig, hidden_dim: int) -> None:
-        super().__init__(config)
-        h, self.hidden_dim = config.num_heads, hidden_dim
+        super().__init__(config, hidden_dim)
+        h = config.num_heads
         self.query_address = Linear(hidden_dim, hidden_dim)
         self.key_address = self.query_address if config.shared_address else Linear(hidden_dim, hidden_dim)
         self.shift = nn.Parameter(torch.empty(hidden_dim))
@@ -144,7 +144,6 @@ class ExternalMemory(Memory):
         hits, decision = self.retrieve(heads.hidden, state)
         logit: Tensor = rearrange(self.gate.bias, "h -> h 1")
         if self.config.join == "joint":
-            assert hits.score is not None
             logit = torch.logsumexp(hits.score, -1) + logit - heads.logsumexp()
         weight = torch.sigmoid(logit) * hits.exist.any(-1)
         self.gate_point(weight)
@@ -209,7 +208,7 @@ class ExternalMemory(Memory):
 
     def scored(self, hits: Hits) -> Hits:
         """Cosines as scores, each head with its own sharpness."""
-        score = rearrange(self.sharpness, "h -> h 1 1") * hits.cosine
+        score = rearrange(self.sharpness, "h -> h 1 1") * hits.score
         lowest = torch.finfo(score.dtype).min / 2  # finite: an empty memory must not give NaN
         score = score.masked_fill(~hits.exist, lowest)
         if self.config.newest_within is not None:

@@ -132,7 +132,8 @@ def test_a_choice_that_no_token_shares_gives_no_nan():
 def test_half_precision_routes_in_full(strategy):
     built = memory(routing_strategy_inference=strategy).to(torch.bfloat16)
     hidden = random(B, N, D).to(torch.bfloat16)
-    assert built.read(hidden, built.init_state(B)).dtype == torch.bfloat16
+    assert built.init_state(B).summary.dtype == torch.float32
+    assert built.read(hidden, built.init_state(B).cast(torch.bfloat16)).dtype == torch.bfloat16
     assert built.router.choose(hidden).logits.dtype == torch.float32
 
 
@@ -227,7 +228,7 @@ def test_pooling_the_segment_itself_breaks_causality(monkeypatch):
 class Forgetful(ChapterMemory):
     """A rolling window that begins anew with each call."""
 
-    def prepared(self, state, hidden, mask):
+    def with_open_segment(self, state, hidden, mask):
         return state
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from memlib.config import Config, ConfigError, ExternalMemoryConfig, override
 from memlib.lab.trace import record
 from memlib.memory import ExternalMemory
+from memlib.memory.base import AttentionHeads
 from memlib.memory.external.backends import least_retrieved, put
 from memlib.memory.gates import HeadGate
 from memlib.models import MemoryTransformer
@@ -25,6 +26,11 @@ K = D // H
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def heads_of(hidden, attended, logsumexp=None):
+    """A layer's attention whose queries, keys and values the memory does not ask for."""
+    return AttentionHeads(hidden, attended, attended, attended, attended, logsumexp, None)
 
 
 def memory(**options):
@@ -113,7 +119,7 @@ def test_mixing_by_head_is_two_softmaxes_and_a_gate():
     built = memory(join="heads", gate_init=0.4)
     state, stream = written(built)
     hidden, attended = random(B, 3, D, seed=40), random(B, H, 3, K, seed=41)
-    got = built.mix(hidden, attended, lambda: None, state)
+    got = built.mix(heads_of(hidden, attended), state)
     for b in range(B):
         keys, values = pairs(built, stream[b])
         for n in range(3):
@@ -131,10 +137,10 @@ def test_joint_is_torchs_attention_over_window_and_hits_together():
     state, stream = written(built)
     hidden, nothing = random(B, 3, D, seed=40), random(B, H, 0, K)
 
-    def mix(attended, logsumexp):
-        return built.mix(hidden, attended, logsumexp, state)
-
-    got, local_keys, local_values = attention(hidden, nothing, nothing, None, mix)
+    window = attention.attend(attention.project(hidden), nothing, nothing, None)
+    _, queries, local_keys, local_values = window
+    heads = heads_of(hidden, window.heads, lambda: scores_logsumexp(queries, local_keys, None))
+    got = attention.output(built.mix(heads, state))
     q = rearrange(attention.q_proj(hidden), "b n (h k) -> b h n k", h=H)
     for b in range(B):
         keys, values = pairs(built, stream[b])
@@ -166,7 +172,7 @@ def test_what_takes_part_in_the_attention_leaves_it_alone_when_empty_or_closed(j
     built = memory(join=join)
     attended = random(B, H, 3, K)
     for state in (built.init_state(B), written(built)[0]):
-        got = built.mix(random(B, 3, D, seed=1), attended, lambda: random(B, H, 3, seed=2), state)
+        got = built.mix(heads_of(random(B, 3, D, seed=1), attended, lambda: random(B, H, 3, seed=2)), state)
         assert torch.equal(got, attended)
         built.close()
 
@@ -188,7 +194,7 @@ def test_gradients_are_those_of_the_values_through_reading_and_writing(options, 
             state = built.write(segment, state, everything(4))
         if join == "fusion":
             return built.read(hidden, state)
-        return built.mix(hidden, attended, lambda: attended.sum(-1), state)
+        return built.mix(heads_of(hidden, attended, lambda: attended.sum(-1)), state)
 
     parts = [random(B, n, D, seed=n).requires_grad_() for n in (4, 4, 3)]
     assert torch.autograd.gradcheck(run, [*parts, random(B, H, 3, K).requires_grad_()])
@@ -237,7 +243,7 @@ def test_from_the_start_a_token_finds_what_followed_it_sixty_segments_ago():
     for segment in stream.split(N, 1):
         state = built.write(segment, state, everything()[:1])
     for place in (0, 4, 150, 303):  # 4: the pair lies across a border of segments
-        found = built.recall(stream[:, place : place + 1], state)
+        found, _ = built.retrieve(stream[:, place : place + 1], state)
         assert (found.serial[..., 0] == place + 1).all()
         torch.testing.assert_close(
             rearrange(found.mean, "1 h 1 k -> (h k)"), built.v_proj(stream[0, place + 1]), atol=1e-3, rtol=0

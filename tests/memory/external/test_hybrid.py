@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from memlib.config import Config, ExternalMemoryConfig, load_config, override
 from memlib.lab.trace import record
 from memlib.memory import ExternalMemory
+from memlib.memory.base import AttentionHeads
 from memlib.models import MemoryTransformer
 from memlib.models.stores import attach_stores
 from memlib.training.optimizer import parameter_groups
@@ -56,9 +57,9 @@ class Counting:
     def __init__(self, backend):
         self.backend, self.state, self.queries = backend, backend.state, []
 
-    def find(self, query, state):
+    def search(self, query, state):
         self.queries.append(query.shape[2])
-        return self.backend.find(query, state)
+        return self.backend.search(query, state)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -87,7 +88,7 @@ def test_the_fusion_equation_in_a_whole_model():
     said = torch.where(sigma[..., None] > 0.5, sigma[..., None] * whole, 0)
     parts = (attended, internal.read(hidden, state.memories[0]), said)
     want = sum(g[..., i, None] * part for i, part in enumerate(parts))
-    got = block.fusion(hidden, attended, block.read(hidden, state.memories))
+    got = block.fusion(hidden, attended, block.memories.read(hidden, state.memories, ids))
     torch.testing.assert_close(got, want)
     assert (sigma > 0.5).any() and (sigma <= 0.5).any()
 
@@ -120,7 +121,8 @@ def test_in_the_attention_the_memorys_share_is_multiplied(join):
     state, hidden, attended = filled(built), random(B, N, D, seed=40), random(B, H, N, D // H, seed=41)
 
     def mixed(kind):
-        return kind.mix(hidden, attended, lambda: attended.sum(-1), state)
+        heads = AttentionHeads(hidden, *[attended] * 4, lambda: attended.sum(-1), None)
+        return kind.mix(heads, state)
 
     sigma = rearrange(built.retrieval(hidden), "b n -> b 1 n 1")
     want = torch.lerp(attended, mixed(plain(built)), sigma * (sigma > 0.5))
