@@ -29,7 +29,7 @@ EPILOG = """examples:
   memlib retrieval --keys 1024 65536                 latency with recall of each index
   memlib retrieval runs/passkey_external/seed-0      a trained model's accuracy with each index
   memlib stream recall_internal recall_ltm model.segment_length=128     a million tokens through each
-  memlib capacity                                    what each memory can hold, beside the documents' figures
+  memlib capacity                                    what each memory can hold
   memlib config show recall_internal                 every field of a preset
   memlib config diff recall_internal my.yaml         what differs, by path
 """
