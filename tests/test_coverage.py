@@ -25,7 +25,7 @@ from memlib.cli import build_parser
 from memlib.config import Config, ConfigError, override, reference
 from memlib.config.fields import convert
 from memlib.evaluation.capacity import capacity, designs
-from memlib.memory.attention import softmax_scores
+from memlib.memory.chapters.attention import softmax_scores
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "coverage.md").read_text(encoding="utf-8")

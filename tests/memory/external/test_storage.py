@@ -191,7 +191,7 @@ def test_a_kill_at_any_byte_of_a_save_leaves_a_whole_version(tmp_path, monkeypat
 
 CHILD = """
 import sys
-from tests.memory.test_storage import grown, open_store, save_store
+from tests.memory.external.test_storage import grown, open_store, save_store
 store = open_store(sys.argv[1])
 for i in range(10**6):
     grown(store, i % 3, 40, seed=i)
