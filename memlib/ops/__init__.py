@@ -39,7 +39,13 @@ from memlib.ops.quantized import (
     quantized_read_reference,
 )
 from memlib.ops.rms_norm import rms_norm, rms_norm_reference
-from memlib.ops.search import TIE, exact_search, exact_search_reference
+from memlib.ops.search import (
+    TIE,
+    exact_search,
+    exact_search_reference,
+    nearest,
+    nearest_reference,
+)
 from memlib.ops.selected import (
     selected_scores,
     selected_scores_reference,
@@ -72,6 +78,8 @@ __all__ = [
     "merge",
     "merge_reference",
     "merge_weight",
+    "nearest",
+    "nearest_reference",
     "quantized_read",
     "quantized_read_reference",
     "read_at",

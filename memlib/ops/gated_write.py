@@ -136,13 +136,11 @@ def later_products(remain: Tensor) -> tuple[Tensor, Tensor]:
     In blocks of about sqrt(n) tokens: the products inside all blocks at once, then from block to block.
     """
     n = remain.shape[1]
-    block = isqrt(n - 1) + 1
-    remain = F.pad(remain, (0, 0, 0, -n % block), value=1.0)
-    blocks = rearrange(remain, "b (m c) s -> b m c s", c=block)
-    later = torch.ones_like(blocks)
-    later[:, :, :-1] = blocks[:, :, 1:]
-    for i in range(block - 2, -1, -1):
-        later[:, :, i].mul_(later[:, :, i + 1])
+    blocks = in_blocks(remain, 1.0)
+    later = torch.empty_like(blocks)
+    later[:, :, -1] = 1.0
+    for i in range(blocks.shape[2] - 2, -1, -1):
+        torch.mul(blocks[:, :, i + 1], later[:, :, i + 1], out=later[:, :, i])
     whole = blocks[:, :, 0] * later[:, :, 0]
     beyond = torch.ones_like(whole)
     for i in range(whole.shape[1] - 2, -1, -1):
@@ -151,17 +149,25 @@ def later_products(remain: Tensor) -> tuple[Tensor, Tensor]:
     return rearrange(later, "b m c s -> b (m c) s")[:, :n], whole[:, 0] * beyond[:, 0]
 
 
+def in_blocks(tensor: Tensor, fill: float) -> Tensor:
+    """n tokens in blocks of about sqrt(n), the last one filled up: [b n s] -> [b m c s]."""
+    n = tensor.shape[1]
+    block = isqrt(n - 1) + 1
+    if n % block:
+        tensor = F.pad(tensor, (0, 0, 0, -n % block), value=fill)
+    return rearrange(tensor, "b (m c) s -> b m c s", c=block)
+
+
 def recurrence(first: Tensor, remain: Tensor, added: Tensor) -> Tensor:
     """R_1 = first, R_{t+1} = remain_t R_t + added_t; first: [b s], the others: [b n s] -> R: [b n s].
 
     In blocks as `later_products`: inside all blocks at once from zero, then with what each block begins with.
     """
     n = remain.shape[1]
-    block = isqrt(n - 1) + 1
-    remain, added = (F.pad(t, (0, 0, 0, -n % block)) for t in (remain, added))
-    remain, added = (rearrange(t, "b (m c) s -> b m c s", c=block) for t in (remain, added))
-    inside, product = torch.zeros_like(added), torch.ones_like(remain)
-    for i in range(block - 1):
+    remain, added = in_blocks(remain, 0.0), in_blocks(added, 0.0)
+    inside, product = torch.empty_like(added), torch.empty_like(remain)
+    inside[:, :, 0], product[:, :, 0] = 0.0, 1.0
+    for i in range(remain.shape[2] - 1):
         torch.addcmul(added[:, :, i], remain[:, :, i], inside[:, :, i], out=inside[:, :, i + 1])
         torch.mul(remain[:, :, i], product[:, :, i], out=product[:, :, i + 1])
     last = torch.addcmul(added[:, :, -1], remain[:, :, -1], inside[:, :, -1])

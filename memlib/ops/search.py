@@ -1,6 +1,6 @@
 """Exact search: which stored items have the highest scores for a query.
 
-Axes: b batch, h heads, n queries, c places, m places of a chunk.
+Axes: b batch, h heads, n queries, c places, m places of a chunk, k key width.
 
 Every score is compared. Source: brute-force search as in LongMem (Wang et al. 2023, arXiv 2306.07174) and
 Memorizing Transformers (Wu et al. 2022, arXiv 2203.08913).
@@ -9,12 +9,14 @@ Memorizing Transformers (Wu et al. 2022, arXiv 2203.08913).
 from __future__ import annotations
 
 import torch
-from einops import rearrange, reduce, repeat
+from einops import einsum, rearrange, reduce, repeat
 from torch import Tensor
 
+from memlib.ops.dispatch import eager_cpu
 from memlib.ops.selected import top_index
 
 TIE = 1e-4  # of two items whose scores differ by less, the newer comes first
+CACHED = 2**19  # scores computed and searched at a time: 2 MiB
 
 
 def exact_search(score: Tensor, serial: Tensor, top_k: int, chunk: int = 1) -> Tensor:
@@ -37,6 +39,34 @@ def exact_search_reference(score: Tensor, serial: Tensor, top_k: int, chunk: int
     """`exact_search` by torch.topk."""
     ranked = ranked_scores(score, serial, chunk)
     return existing(ranked, ranked.topk(top_k // chunk, -1).indices, chunk)
+
+
+@torch.no_grad()
+def nearest(query: Tensor, keys: Tensor, serial: Tensor, top_k: int, chunk: int = 1) -> Tensor:
+    """`exact_search` by the inner products of queries and keys, which are never all in memory at once.
+
+    query: [b h n k], keys: [b h c k], serial: [b c] -> places [b h n top_k], without a gradient.
+    """
+    if not eager_cpu(query, keys, serial) or not query.numel():
+        return nearest_reference(query, keys, serial, top_k, chunk)
+    b, h, n, _ = query.shape
+    rows = max(1, CACHED // keys.shape[2])
+    found = serial.new_empty(b, h, n, top_k)
+    for row in range(b):
+        for head in range(h):
+            for first in range(0, n, rows):
+                at = slice(first, first + rows)
+                score = query[row, head, at] @ keys[row, head].T
+                score = rearrange(score, "n c -> 1 1 n c")
+                found[row, head, at] = exact_search(score, serial[row : row + 1], top_k, chunk)[0, 0]
+    return found
+
+
+@torch.no_grad()
+def nearest_reference(query: Tensor, keys: Tensor, serial: Tensor, top_k: int, chunk: int = 1) -> Tensor:
+    """`nearest` with all scores at once."""
+    score = einsum(query, keys, "b h n k, b h c k -> b h n c")
+    return exact_search_reference(score, serial, top_k, chunk)
 
 
 def ranked_scores(score: Tensor, serial: Tensor, chunk: int) -> Tensor:

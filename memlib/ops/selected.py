@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from memlib.ops.dispatch import eager_cpu
 
+COLUMNS_FROM, ROWS = 2048, 16  # longer rows are first reduced to the maxima of their columns
 DENSE_BELOW = 16  # with fewer rows than this times j, scattering weights and multiplying is faster
 
 
@@ -169,8 +170,16 @@ def top_index(score: Tensor, top_k: int) -> Tensor:
     """
     if not eager_cpu(score):
         return score.topk(top_k, -1).indices
-    wide = score.detach().to(torch.float32) if score.dtype == torch.bfloat16 else score.detach()
-    array, c = wide.numpy(), score.shape[-1]
+    score, c = score.detach(), score.shape[-1]
+    if score.dtype == torch.bfloat16:
+        score = score.to(torch.float32)  # numpy has no bfloat16
+    if c >= COLUMNS_FROM and c % ROWS == 0 and c // ROWS >= 2 * top_k:
+        columns = rearrange(score, "... (r c) -> ... r c", r=ROWS)
+        best = top_index(columns.amax(-2), top_k)  # the top_k entries lie in the top_k best columns
+        entry = rearrange(torch.arange(c), "(r c) -> r c", r=ROWS)[:, best]
+        entry = rearrange(entry, "r ... j -> ... (r j)")
+        return entry.gather(-1, top_index(score.gather(-1, entry), top_k))
+    array = score.numpy()
     if top_k < c:  # numpy selects with vector instructions, three times as fast as torch.topk
         chosen = np.argpartition(array, c - top_k, axis=-1)[..., c - top_k :]
         array = np.take_along_axis(array, chosen, -1)

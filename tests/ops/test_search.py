@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
-from memlib.ops import TIE, exact_search, exact_search_reference
+from memlib.ops import TIE, exact_search, exact_search_reference, nearest, nearest_reference
 
 
 def inputs(b=2, h=3, n=9, c=40, empty=7):
@@ -74,3 +76,19 @@ def test_half_precision():
         found = exact_search(score.to(dtype), serial, 5)
         wanted = score.to(dtype).masked_fill((serial < 0)[:, None, None], -1).topk(5, -1).values
         assert (score.to(dtype).gather(-1, found) - wanted).abs().max() <= 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize("cached", [2**19, 100])
+def test_nearest_equals_its_reference(chunk, cached, monkeypatch):
+    """Also where queries are taken in several parts."""
+    monkeypatch.setattr(sys.modules["memlib.ops.search"], "CACHED", cached)
+    torch.manual_seed(0)
+    query, keys = torch.randn(2, 3, 9, 5).double(), torch.randn(2, 3, 40, 5).double()
+    serial = torch.arange(40).repeat(2, 1)
+    serial[1, 20:] = -1
+    for top_k in (4, 24):
+        found = nearest(query, keys, serial, top_k, chunk)
+        assert torch.equal(found, nearest_reference(query, keys, serial, top_k, chunk))
+    empty = nearest(query[:, :, :0], keys, serial, 4, chunk)
+    assert empty.shape == (2, 3, 0, 4)

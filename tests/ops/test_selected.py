@@ -76,7 +76,7 @@ def test_gradients_are_the_same_in_every_run():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("c", "top_k"), [(1, 1), (7, 7), (7, 3), (500, 32), (500, 1)])
+@pytest.mark.parametrize(("c", "top_k"), [(1, 1), (7, 7), (7, 3), (500, 32), (500, 1), (2048, 32), (4096, 5)])
 def test_top_index_has_the_scores_of_topk(dtype, c, top_k):
     torch.manual_seed(c)
     score = torch.randn(2, 3, 9, c).to(dtype)
