@@ -32,6 +32,7 @@ from memlib.ops.memory_attention import (
     memory_attention_reference,
     memory_attention_weights,
 )
+from memlib.ops.mix import mix, mix_reference
 from memlib.ops.quantized import (
     dequantize,
     dequantize_reference,
@@ -78,6 +79,8 @@ __all__ = [
     "merge",
     "merge_reference",
     "merge_weight",
+    "mix",
+    "mix_reference",
     "nearest",
     "nearest_reference",
     "quantized_read",

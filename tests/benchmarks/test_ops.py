@@ -51,6 +51,13 @@ def cases() -> dict[str, tuple[Callable, Callable, list[Tensor], float]]:
         ),
         "rms_norm 4x256x128": (ops.rms_norm, ops.rms_norm_reference, [normal(4, 256, 128), normal(128)], 1.1),
     }
+    for sources in (2, 4):
+        found[f"mix {sources} sources 4x256x128"] = (
+            lambda w, *x: ops.mix(w, x),
+            lambda w, *x: ops.mix_reference(w, x),
+            [positive(4, 256, sources), *(normal(4, 256, 128) for _ in range(sources))],
+            0.6,
+        )
     for slots in (512, 4096):
         ltm = [normal(4, 256, 32), normal(4, slots, 32), normal(4, slots, 32)]
         for top_k in (None, 16):

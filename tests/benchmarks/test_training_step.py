@@ -88,7 +88,9 @@ def report(seconds: dict[str, float]) -> dict[str, float]:
     plain = next(iter(seconds.values()))
     for name, value in seconds.items():
         rate = BATCH * TOKENS / value
-        print(f"{name:10} {1e3 * value:7.0f} CPU-ms a step {rate:8.0f} tokens/s, {plain / value:.2f} of plain")
+        print(
+            f"{name:10} {1e3 * value:7.0f} CPU-ms a step {rate:8.0f} tokens/s, {plain / value:.2f} of plain"
+        )
     return {name: plain / value for name, value in seconds.items()}
 
 
