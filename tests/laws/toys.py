@@ -18,7 +18,7 @@ from memlib.memory import Memory, State
 class RingConfig(MemoryOptions):
     """The newest tokens, as keys and values."""
 
-    capacity: int = option(10, "items kept; at least a segment", 1)
+    capacity: int = option(10, "items kept; at least a segment", 1, small=6)
     sharpness: float = option(4.0, "scale of the scores", 0.0)
 
 
