@@ -1,4 +1,4 @@
-"""Why laws are not enough: two wrong delta rules obey all of them, and only the reference finds them."""
+"""Two wrong delta rules obey every law; only the comparison with the reference fails them."""
 
 import pytest
 

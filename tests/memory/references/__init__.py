@@ -1,4 +1,4 @@
-"""Every registered memory once more, as its equations in plain loops: the meaning that others are held to.
+"""The equations of each registered memory in plain loops, which the memory must equal.
 
 A memory that is registered needs a line here and a file beside this one; `test_references.py` then compares
 values, states and gradients in each of its variants.

@@ -1,8 +1,9 @@
-"""What every reference is: one row of the batch after the other, one token after the other.
+"""The contract of a reference, and the arithmetic that references share.
 
 Axes: b batch, n tokens of a segment, d hidden, h heads, k head width.
 
-A reference has no weights of its own: it reads those of the memory it is given. It shares no code with it.
+A reference loops over rows and tokens. It reads the weights of the memory it is given and shares no code
+with it.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Row = dict[str, Any]  # what a memory holds of one stream
+Row = dict[str, Any]  # the state of one stream
 
 
 class Reference(ABC):
-    """The equations of a memory, built from its options; `variants` are options worth a look of their own.
+    """The equations of a memory, built from its options. A state is a list of rows; subclasses treat one.
 
-    A state is a list of rows. A subclass says what it does with one row.
+    variants: options to compare beside the variants of the laws, as changes of the small values.
     """
 
     variants: tuple[dict[str, Any], ...] = ()
@@ -32,7 +33,7 @@ class Reference(ABC):
         return [self.init_row(memory) for _ in range(batch)]
 
     def read(self, memory: Any, hidden: Tensor, state: list[Row]) -> Tensor:
-        """What each token is given; hidden: [b n d] -> [b n d]."""
+        """The memory's output for each token; hidden: [b n d] -> [b n d]."""
         return torch.stack([self.read_row(memory, hidden[b], row) for b, row in enumerate(state)])
 
     def mix(
@@ -70,11 +71,11 @@ class Reference(ABC):
 
     @abstractmethod
     def named(self, memory: Any, row: Row) -> dict[str, Any]:
-        """A row of this reference, as numbers that can be compared."""
+        """A row of this reference as named numbers, to compare."""
 
     @abstractmethod
     def theirs(self, memory: Any, state: Any, b: int) -> dict[str, Any]:
-        """Row b of the memory's own state in the same form, without what no one can see."""
+        """Row b of the memory's own state in the same form, without places that are never read."""
 
 
 def sigmoid(x: Tensor) -> Tensor:

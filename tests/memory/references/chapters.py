@@ -51,7 +51,7 @@ class ChaptersReference(Reference):
         recent, said = list(row["recent"]), []
         for t, x in enumerate(hidden):
             if row["counts"] is not None and not row["counts"][t]:
-                said.append(torch.zeros_like(x))  # padding: nobody looks
+                said.append(torch.zeros_like(x))  # padding has no output to compare
                 continue
             recent.append(x)
             weights = self.choose(memory.router, self.summary(memory, x, row, recent))

@@ -1,4 +1,4 @@
-"""A memory beside its reference, on the same stream: what they read, what they keep, and all gradients."""
+"""Compare a memory with its reference on one stream: reads, states and all gradients."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def agree(memory: Any, reference: Reference) -> None:
 
 
 class Stream:
-    """Random inputs of a memory: hidden [b n d] of each segment, and what the attention says there."""
+    """Random inputs of a memory: hidden [b n d] of each segment, and the attention's output there."""
 
     def __init__(self, memory: Any) -> None:
         self.generator = torch.Generator().manual_seed(2)
@@ -115,7 +115,7 @@ class Implemented:
 
 
 def follow(memory: Any, stream: Stream, by: Any) -> tuple[list[Tensor], list[Any]]:
-    """What is read in each segment, zero at padding, and the state after it."""
+    """The reads of each segment, zero at padding, and the state after it."""
     state, reads, states = by.init_state(memory, MASK.shape[1]), [], []
     parts = zip(stream.hidden, stream.attended, stream.logsumexp, stream.masks, strict=True)
     for hidden, attended, logsumexp, mask in parts:

@@ -13,8 +13,8 @@ from .keys import attended, key_of, query_of, score_of
 
 SLOPE = 0.25  # of sigma at 0
 
-# Where the memory is not its equations yet. What it does instead is done here too, so that all the rest can
-# be compared; once the memory is mended, its line here changes as the comment says and the rest must hold.
+# Where the memory differs from its equations today. The reference imitates each difference, so that all
+# the rest is compared. When the memory is corrected, set the value after the semicolon.
 DROPPED_COME_LAST = True  # dropped tokens stand behind the survivors, not in their own place; False
 DROPPED_COUNT_IN_USE = True  # rows with padding give some dropped tokens a gradient out of training; False
 TAKEN_KEEPS = 1e-6  # what is left of what a taken slot said before: it should be empty; 0.0
