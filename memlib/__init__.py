@@ -28,8 +28,8 @@ _HOME = {
         "save_config",
     ],
     "memlib.memory": ["MEMORIES", "ChapterMemory", "ExternalMemory", "InternalMemory", "Memory", "State"],
-    "memlib.memory.attention": ["MemoryCrossAttention"],
-    "memlib.memory.banks": [
+    "memlib.memory.chapters.attention": ["MemoryCrossAttention"],
+    "memlib.memory.chapters.banks": [
         "ChapteredMemoryBank",
         "FactorizedMemoryBank",
         "MemoryBank",
@@ -37,13 +37,13 @@ _HOME = {
         "StandardMemoryBank",
         "create_memory_bank",
     ],
-    "memlib.memory.quantization": [
+    "memlib.memory.chapters.quantization": [
         "QuantizedMemoryBank",
         "dequantize_memory_bank",
         "pack_memory_banks",
         "quantize_memory_bank",
     ],
-    "memlib.memory.routers": [
+    "memlib.memory.chapters.routers": [
         "ChapterRouter",
         "HybridRouter",
         "RollingRouter",

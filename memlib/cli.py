@@ -29,7 +29,7 @@ EPILOG = """examples:
   memlib retrieval --keys 1024 65536                 latency with recall of each index
   memlib retrieval runs/passkey_external/seed-0      a trained model's accuracy with each index
   memlib stream recall_internal recall_ltm model.segment_length=128     a million tokens through each
-  memlib capacity                                    what each memory can hold, beside the documents' figures
+  memlib capacity                                    what each memory can hold
   memlib config show recall_internal                 every field of a preset
   memlib config diff recall_internal my.yaml         what differs, by path
 """
@@ -199,7 +199,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    from memlib.training.comparison import measure, to_markdown, write_json
+    from memlib.experiments.comparison import measure, to_markdown, write_json
     from memlib.training.trainer import load_run
 
     results = []
@@ -253,8 +253,8 @@ def generate(arguments: argparse.Namespace) -> int:
 
 
 def table(arguments: argparse.Namespace) -> int:
-    from memlib.training.comparison import compare, summary, to_markdown, write_json
-    from memlib.training.studies import LENGTHS, MEASURES, PREPARED, named_comparison
+    from memlib.experiments.comparison import compare, summary, to_markdown, write_json
+    from memlib.experiments.studies import LENGTHS, MEASURES, PREPARED, named_comparison
 
     configs = named_comparison(arguments.name)
     segments = arguments.segments or LENGTHS.get(arguments.name, [4, 6, 32])
@@ -319,7 +319,7 @@ def hybrid(arguments: argparse.Namespace) -> int:
 
 
 def stream(arguments: argparse.Namespace) -> int:
-    from memlib.evaluation import stream as measured
+    from memlib.evaluation import long_stream as measured
     from memlib.evaluation.retrieval import named_index
     from memlib.evaluation.table import markdown
 

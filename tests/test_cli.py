@@ -194,8 +194,8 @@ def test_the_7b_design_is_the_documents_hierarchy_on_sequences_of_32k():
     with torch.device("meta"):
         model = MemoryTransformer(config)
         state = model.init_state(1)
-    shapes = {tuple(bank.shape) for _, bank in state.banks[0].named_tensors()}
-    assert len(state.banks) == 1 and (1, 8, 1024, 512) in shapes
+    shapes = {tuple(bank.shape) for _, bank in state.memories[0].named_tensors()}
+    assert len(state.memories) == 1 and (1, 8, 1024, 512) in shapes
     hds, sequence = config.memory.hds, config.task.segments * config.model.segment_length
     assert sequence == hds.chunk_size * hds.num_blocks == 32_768
     memory = sum(p.numel() for name, p in model.named_parameters() if ".memories." in name)
@@ -210,7 +210,7 @@ def test_the_100m_design_is_the_documents_prototype():
     """A window of 512; ring and store of 512 places of 512 each, half key, half value; one state for all."""
     config = load_config("design_100m")
     with torch.device("meta"):
-        (state,) = MemoryTransformer(config).init_state(1).banks
+        (state,) = MemoryTransformer(config).init_state(1).memories
     shapes = [tuple(tensor.shape) for _, tensor in state.named_tensors()]
     assert config.model.segment_length == 512 and shapes.count((1, 512, 256)) == 4
 

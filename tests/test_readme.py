@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from memlib.config import load_config
+from memlib.experiments.comparison import read_json, summary
+from memlib.experiments.studies import COMPARISONS
 from memlib.models import MemoryTransformer
 from memlib.models.info import count_parameters
-from memlib.training.comparison import read_json, summary
-from memlib.training.studies import COMPARISONS
 
 ROOT = Path(__file__).parents[1]
 

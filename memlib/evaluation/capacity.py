@@ -1,7 +1,8 @@
-"""What each memory can hold, computed from the memories themselves, beside what the documents say (C6).
+"""What each memory can hold, computed from the memories' own states.
 
-Nothing is allocated: a memory is built on the meta device and its `init_state` asked for one stream's
-state. Bytes are of that state, its counters included; places and values are of what stores content.
+Nothing is allocated: each memory is built on the meta device, and its `init_state` gives the state of one
+stream. Bytes count that whole state, counters included; places and values count only the tensors that store
+content.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ from memlib.config import Config, override
 from memlib.evaluation.table import markdown
 from memlib.memory import MEMORIES
 from memlib.memory.base import State
-from memlib.memory.chapters import ChapterState
+from memlib.memory.chapters.memory import ChapterState
+from memlib.memory.external.backends import ExternalState
 from memlib.memory.hds import HdsState
 from memlib.memory.ring import RingState
-from memlib.memory.shelves import ExternalState
 
 MILLION = 1_000_000
 
 
 @dataclass(frozen=True)
 class Part:
-    """Places that hold content: how many, the values in each, the tokens that one stands for (None: all)."""
+    """A tensor that stores content: its places, the values in each, the tokens one place stands for.
+
+    tokens_each is None where one place summarises the whole sequence.
+    """
 
     name: str
     places: int
@@ -45,7 +49,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Capacity:
-    """One stream's state of one memory; sizes in bytes, at 4 and at 2 bytes a value."""
+    """The state of one stream in one memory; float32 and bfloat16: its size in bytes in that type."""
 
     name: str
     parts: list[Part]
@@ -58,9 +62,9 @@ class Capacity:
 
 
 def capacity(kind: str, hidden_dim: int, name: str = "", **options: Any) -> Capacity:
-    """A registered memory of a model of this width, heads of 64; options as its configuration has them.
+    """The capacity of a registered memory in a model of width hidden_dim with heads of width 64.
 
-    Raises ConfigError for an unknown memory and for options that do not fit.
+    options: fields of the memory's configuration. Raises ConfigError for an unknown memory or bad options.
     """
     changes = {"model.hidden_dim": hidden_dim, "model.num_heads": hidden_dim // 64, "memory.kinds": [kind]}
     changes |= {f"memory.{kind}.{option}": value for option, value in options.items()}
@@ -73,7 +77,10 @@ def capacity(kind: str, hidden_dim: int, name: str = "", **options: Any) -> Capa
 
 
 def parts_of(state: State, config: Any) -> list[Part]:
-    """What of a state holds content: of a memory that is not named here, all [b … e] of real numbers."""
+    """The tensors of a state that store content.
+
+    For a memory not named here: every floating-point tensor of shape [b … e] with at least three axes.
+    """
     if isinstance(state, HdsState):
         blocks, banks = state.level_1.blocks, state.banks
         return [
@@ -84,7 +91,7 @@ def parts_of(state: State, config: Any) -> list[Part]:
     if isinstance(state, RingState):
         stores = {"ring": state.ring.items, "store": state.store.items}
         return [Part(name, items.slots.shape[1], items.slots.shape[2]) for name, items in stores.items()]
-    if isinstance(state, ChapterState):  # what it knows is learned; a stream only says where it is
+    if isinstance(state, ChapterState):  # content is in the parameters; the state only chooses chapters
         summary, recent = state.summary, state.recent
         parts = [Part("last segment, mean", 1, summary.shape[1], None)]
         return parts + [Part("recent tokens", *recent.shape[1:])] * bool(recent.shape[1])
@@ -99,16 +106,16 @@ def parts_of(state: State, config: Any) -> list[Part]:
 
 
 def defaults(hidden_dim: int) -> list[Capacity]:
-    """Every registered memory as it comes."""
+    """Every registered memory with its default options."""
     return [capacity(kind, hidden_dim) for kind in MEMORIES]
 
 
 def designs() -> dict[str, Capacity]:
-    """The two memories of the MM-Rec document: its design, and the prototype that was running.
+    """The two memories of "MM-Rec Memory Architecture" at its sizes (docs/coverage.md).
 
-    The document names no model width; 4096 is that of the plan's bank. The design's sequences are of
-    32K tokens, which level 1 holds in blocks of 64. The prototype's [512, 512] are keys and values each,
-    so an item is twice as wide as this package's default.
+    That document gives no model width and no block length; here they are 4096 and 64. Level 1 of the design
+    holds a sequence of 32K tokens. The prototype keeps keys and values of width 512 each, so an item is
+    twice as wide as by default.
     """
     return {
         "design": capacity("hds", 4096, "MM-Rec design, 7B", num_blocks=32_768 // 64),
@@ -117,7 +124,7 @@ def designs() -> dict[str, Capacity]:
 
 
 def table(capacities: Sequence[Capacity]) -> str:
-    """A row for each part of each memory."""
+    """A Markdown table with one row for each part of each memory."""
     head = ["memory", "part", "places", "width", "values", "tokens", "of a million"]
     head += ["whole state, fp32", "bf16"]
     rows = []
@@ -134,119 +141,43 @@ def table(capacities: Sequence[Capacity]) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes as they are, and in units of a thousand: those the documents use."""
+    """A number of bytes, exact and in decimal units (kB, MB, GB)."""
     for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
         if count >= 10**power:
             return f"{count:,} ({count / 10**power:.3g} {unit})"
     return f"{count:,}"
 
 
-def slips() -> str:
-    """What the documents say of capacity, what comes out, and where they slipped."""
-    made = designs()
-    level_3, level_1 = made["design"].part("level 3, banks"), made["design"].part("level 1, blocks")
-    ring, store = made["prototype"].parts
-    both = ring.places + store.places
-    working = level_1.tokens or 0
-    full, factors, reduced = (
-        sum(torch.empty(shape, device="meta").numel() for shape in shapes)
-        for shapes in ([(4096, 4096)], [(4096, 512), (4096, 512)], [(4096, 512)])
-    )
-    share = f"{level_3.places / MILLION:.2%} against {both / MILLION:.2%}"
-    in_values = (ring.values + store.values) / level_3.values
-    rows = [
-        ["persistent places of the design", "8 × 1,024 = 8,192", f"{level_3.places:,}", "right"],
-        ["places of the prototype", "512 + 512 = 1,024", f"{both:,}", "right"],
-        [
-            "of a million tokens",
-            "0.8 % against 0.1 %",
-            share,
-            f"right, rounded; of 2²⁰ tokens {level_3.places / 2**20:.2%} and {both / 2**20:.2%}. A place is "
-            "counted as a token, which no bank that mixes promises",
-        ],
-        [
-            "the prototype's part of the design",
-            "~12 %, 8× less",
-            f"{both / level_3.places:.1%} of the places",
-            f"right for places; of the values it is {in_values:.0%}, since its items have a key beside "
-            "the value and a slot has not",
-        ],
-        [
-            "the prototype with a batch of 16",
-            "16 × 512 = 8,192 tokens, 0.8 %",
-            f"{both:,} tokens a stream",
-            "slip: those are the tokens under way in 16 separate streams. A stream remembers no more "
-            "for having neighbours",
-        ],
-        [
-            "tokens of the design in all",
-            "32K + 8K = 40,192",
-            f"{working:,} + {level_3.places:,} = {working + level_3.places:,}",
-            f"slip: 32,000 + 8,192. 32K is {working:,}, as 8K is 8,192; in round thousands it is 40,000",
-        ],
-        [
-            "levels 0 to 2",
-            "up to 32K tokens",
-            f"{level_1.places} blocks of {level_1.tokens_each}",
-            "not as tokens: level 1 holds means of blocks; level 0 is the token itself and holds none",
-        ],
-        [
-            "learnable bank, 4096 × 4096",
-            "67M params",
-            f"{full:,} parameters, {size(4 * full)} in fp32",
-            "slip: 67M is the bytes",
-        ],
-        [
-            "factorised, rank 512",
-            "4.2M params, 16× less",
-            f"{factors:,} parameters, {full / factors:.0f}× less",
-            "slip: 16× compares with the bytes",
-        ],
-        [
-            "reduced, width 512",
-            "2.1M params, 32× less",
-            f"{reduced:,} parameters, {full / reduced:.0f}× less",
-            "slip: 32× compares with the bytes",
-        ],
-    ]
-    return markdown(["what", "the document", "computed", "verdict"], rows)
-
-
 def page() -> str:
-    """docs/capacity.md."""
+    """The text of docs/capacity.md."""
     hidden_dim = Config().model.hidden_dim
     return f"""# What the memories can hold
 
-Written by `memlib capacity --out docs/capacity.md` from the memories' own states; do not edit. One stream's
-state of one layer, or of all layers that share it (`memory.memory_sharing`). Nothing is measured here: what a
-memory *recalls* of what it holds is in the README's tables and in the diary.
+Written by `memlib capacity --out docs/capacity.md` from the memories' own states; do not edit. Each row is
+the state of one stream, for one layer or for all layers that share it (`memory.memory_sharing`). This page
+counts capacity. It does not measure recall: the README's tables and the diary do.
 
-**places** are what content is written to, **width** the values in one. **tokens** counts a place as one
-token, a block or a summary as the tokens it is the mean of. A bank mixes what is written to one slot, so its
-tokens are neither a promise nor a limit; a ring, a store and pairs keep each token as it was. The **whole
-state** has counters too, which are integers.
+**places** is the number of slots, blocks or pairs that content is written to; **width** is the number of
+values in one. **tokens** counts a place as one token, and a block or a summary as the tokens it averages. A
+bank mixes all tokens that are written to one slot, so for a bank this number is neither guaranteed nor a
+limit. A ring, a store and pairs keep each token separately. The **whole state** includes counters, which
+are integers.
 
-## As they come
+## Default sizes
 
-Every memory with its defaults in a model of the default width, {hidden_dim}.
+Every memory with its default options in a model of the default width, {hidden_dim}.
 
 {table(defaults(hidden_dim))}
 
-The external memory may have a store instead (`attach_stores`): the same pairs, on disk, and up to twice the
-capacity in rows before the evicted ones are dropped. All of them add the open window, up to
-`model.segment_length` tokens of every layer's keys and values.
+The external memory can keep its pairs in a store on disk instead (`attach_stores`). A store holds up to
+twice the capacity in rows before it drops evicted ones. Every model also keeps the open window: up to
+`model.segment_length` tokens of keys and values in every layer.
 
-## As the documents have them
+## Sizes of "MM-Rec Memory Architecture"
 
-The MM-Rec document's design and prototype, at its own sizes. It does not say how wide the model or how long
-a block is: 4,096 and 64 tokens are assumed, and as many blocks as 32K tokens make. Keys and values of the
-prototype are 512 wide each, twice this package's default.
+The design and the prototype of that document ([coverage.md](coverage.md)). It gives no model width and no
+block length; this table assumes 4,096 and 64 tokens, and enough blocks for 32K tokens. Keys and values of
+the prototype have width 512 each, twice the default.
 
 {table(list(designs().values()))}
-
-## The documents' arithmetic
-
-{slips()}
-
-The first seven rows are the MM-Rec document's, the last three the Implementation Plan's.
 """

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from einops import einsum, reduce
+from torch import Tensor
 
-from memlib.memory.chapters import ChapterMemory
-from memlib.models.evaluating import evaluating
+from memlib.memory.chapters.memory import ChapterMemory
+from memlib.models.eval_mode import eval_mode
 from memlib.models.transformer import MemoryTransformer
 from memlib.tasks.topics import Topics
 
@@ -21,14 +22,15 @@ def topics_and_chapters(
     -> topics [e], chapters [e], and loads [c], what each chapter counted in all, summing to 1. A choice
     rests on the segment before; the first segment has none.
     """
-    tokens, seen = task.batch(examples, 0, split="test").tokens, []
+    tokens = task.batch(examples, 0, split="test").tokens
+    seen: list[Tensor] = []
     memory = [m for m in model.modules() if isinstance(m, ChapterMemory)][layer]
-    hook = memory.weight_probe.register_forward_hook(lambda probe, args, weight: seen.append(weight))
+    memory.weight_point.listeners.append(seen.append)
     try:
-        with evaluating(model):
+        with eval_mode(model):
             model(tokens)
     finally:
-        hook.remove()
+        memory.weight_point.listeners.remove(seen.append)
     weight = torch.cat(seen, 1).numpy()
     chosen = reduce(weight, "b (s n) c -> b s c", "mean", n=task.segment_length)[:, 1:]
     topics = np.array([task.topic_of(row) for row in tokens.tolist()])[:, :-1]

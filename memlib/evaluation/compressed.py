@@ -8,9 +8,14 @@ import torch
 from einops import einsum
 
 from memlib.evaluation.evaluate import evaluate
-from memlib.memory.banks import ChapteredMemoryBank, FactorizedMemoryBank, MemoryBank, StandardMemoryBank
-from memlib.memory.chapters import ChapterMemory
-from memlib.memory.quantization import QuantizedMemoryBank
+from memlib.memory.chapters.banks import (
+    ChapteredMemoryBank,
+    FactorizedMemoryBank,
+    MemoryBank,
+    StandardMemoryBank,
+)
+from memlib.memory.chapters.memory import ChapterMemory
+from memlib.memory.chapters.quantization import QuantizedMemoryBank
 from memlib.models.transformer import MemoryTransformer
 from memlib.tasks import Task
 

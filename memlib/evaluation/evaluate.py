@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from memlib.models.evaluating import evaluating
+from memlib.models.eval_mode import eval_mode
 from memlib.models.transformer import MemoryTransformer
 from memlib.tasks import Task
 from memlib.tasks.scoring import correct, scored_cross_entropy
@@ -43,7 +43,7 @@ def evaluate(
     device = next(model.parameters()).device
     right = total = 0
     loss, state = 0.0, None
-    with evaluating(model):
+    with eval_mode(model):
         for step in range(-(-examples // batch_size)):
             batch = task.batch(batch_size, step, seed, split="test").to(device)
             if not task.continues:

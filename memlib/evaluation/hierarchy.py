@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from memlib.memory.hds import HdsMemory
-from memlib.models.evaluating import evaluating
+from memlib.models.eval_mode import eval_mode
 from memlib.models.transformer import MemoryTransformer
 from memlib.tasks import Task
 from memlib.tasks.scoring import correct
@@ -45,7 +45,7 @@ def recall_in_stream(model: MemoryTransformer, task: Task, episodes: int, rows: 
     """
     state, accuracy = None, []
     device = next(model.parameters()).device
-    with evaluating(model):
+    with eval_mode(model):
         for episode in range(episodes):
             batch = task.batch(rows, episode, 0, split="test").to(device)
             output = model(batch.tokens, memory_state=state)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memlib.memory.external import Asked, ExternalMemory
-from memlib.memory.gates import SoftmaxFusion
+from memlib.memory.external.memory import Decision, ExternalMemory
 from memlib.models import MemoryTransformer
-from memlib.models.evaluating import evaluating
+from memlib.models.eval_mode import eval_mode
+from memlib.models.fusion import SoftmaxFusion
 from memlib.tasks import Batch, Task
 
 Plan = Callable[[Batch], Tensor]
@@ -76,7 +76,7 @@ def measure(
     asked: dict[str, int] = {}
     searched = total = 0
     batch_size, n, seconds = min(64, examples), task.segment_length, 0.0
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         for step in range(-(-examples // batch_size)):
             batch = task.batch(batch_size, step, split="test")
             planned, state, hits = plan(batch) if plan else None, None, []
@@ -122,26 +122,26 @@ def decided(model: MemoryTransformer, plan: Tensor | None) -> Iterator[list[Tens
     heard: list[Tensor] = []
     memories = gated(model)
 
-    def deciding(memory: ExternalMemory) -> Callable[[Tensor], Asked]:
-        own = memory.asks
+    def deciding(memory: ExternalMemory) -> Callable[[Tensor], Decision]:
+        own = memory.decide
 
-        def asks(hidden: Tensor) -> Asked:
-            asked = own(hidden)
-            assert asked is not None
+        def decide(hidden: Tensor) -> Decision:
+            decision = own(hidden)
+            assert decision is not None
             if plan is not None:
-                asked = Asked(asked.gate, plan, asked.gate * plan)
-            heard.append(asked.search)
-            return asked
+                decision = Decision(decision.gate, plan, decision.gate * plan)
+            heard.append(decision.search)
+            return decision
 
-        return asks
+        return decide
 
     for memory in memories:
-        memory.asks = deciding(memory)  # type: ignore[assignment, method-assign]
+        memory.decide = deciding(memory)  # type: ignore[assignment, method-assign]
     try:
         yield heard
     finally:
         for memory in memories:
-            del memory.asks
+            del memory.decide
 
 
 @contextmanager

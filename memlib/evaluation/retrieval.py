@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from memlib.config import IndexConfig
 from memlib.evaluation.evaluate import evaluate
-from memlib.memory.index import library
-from memlib.memory.store import Store
-from memlib.memory.stream import Shape
+from memlib.memory.external.columns import Shape
+from memlib.memory.external.index import library
+from memlib.memory.external.store import Store
 from memlib.models import MemoryTransformer
 from memlib.models.stores import attach_stores, detach_stores
 from memlib.tasks import Task

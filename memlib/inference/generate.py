@@ -4,7 +4,7 @@ The open window travels in the memory state, keys and values included, so the st
 reads one token. Without cache (`cached: False`) each step reads the whole stream again from its initial
 state; the tokens are the same, which is what that mode is for.
 
-A row's result is what it would be alone (law L3), whatever the other rows' lengths are: see lanes.py.
+A row's result is what it would be alone (law L3), whatever the other rows' lengths are: see row_groups.py.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from memlib.inference.lanes import kept, lanes_of, read, row_states
+from memlib.inference.row_groups import kept, read, row_groups, row_states
 from memlib.inference.sampling import choose
-from memlib.models import MemoryState, MemoryTransformer
-from memlib.models.evaluating import evaluating
+from memlib.models import MemoryState
+from memlib.models.eval_mode import eval_mode
+from memlib.models.protocol import RecurrentModel
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 States = MemoryState | Sequence[MemoryState] | None
@@ -113,7 +114,7 @@ class TokenStream(Iterator[Token]):
 
     def __init__(
         self,
-        model: MemoryTransformer,
+        model: RecurrentModel,
         prompts: Sequence[Sequence[int]],
         memory_state: States = None,
         config: GenerationConfig | None = None,
@@ -123,7 +124,7 @@ class TokenStream(Iterator[Token]):
             raise ValueError(f"prompt {empty[0]} has no tokens: give at least one, what to go on from")
         self.model, self.config = model, config or GenerationConfig()
         self.generators = one_each(generator, len(prompts))
-        self.lanes = self.first = lanes_of(separated(model, memory_state, len(prompts)))
+        self.groups = self.first = row_groups(separated(model, memory_state, len(prompts)))
         self.history: list[list[int]] = [[] for _ in prompts]
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.stopped = [False] * len(prompts)
@@ -144,7 +145,7 @@ class TokenStream(Iterator[Token]):
     def states(self) -> list[MemoryState]:
         """Each row's memory of its prompt and of `tokens`."""
         self.read_on()
-        by_row = self.done | row_states(self.lanes)
+        by_row = self.done | row_states(self.groups)
         return [by_row[row] for row in sorted(by_row)]
 
     def step(self) -> None:
@@ -175,20 +176,20 @@ class TokenStream(Iterator[Token]):
             return
         for row, ids in self.pending.items():
             self.history[row] += ids
-        with evaluating(self.model):
+        with eval_mode(self.model):
             if self.config.cached:
-                lanes, self.logits = read(self.model, self.lanes, self.pending)
+                groups, self.logits = read(self.model, self.groups, self.pending)
             else:
                 whole = {row: self.history[row] for row in self.pending}
-                lanes, self.logits = read(self.model, kept(self.first, whole), whole)
+                groups, self.logits = read(self.model, kept(self.first, whole), whole)
         self.pending = {}
-        ended = {row for lane in lanes for row in lane.rows} - set(self.going)
-        self.done |= row_states(kept(lanes, ended))
-        self.lanes = kept(lanes, self.going)
+        ended = {row for group in groups for row in group.rows} - set(self.going)
+        self.done |= row_states(kept(groups, ended))
+        self.groups = kept(groups, self.going)
 
 
 def stream(
-    model: MemoryTransformer,
+    model: RecurrentModel,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     memory_state: States = None,
@@ -220,7 +221,7 @@ def stream(
 
 
 def generate(
-    model: MemoryTransformer,
+    model: RecurrentModel,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     memory_state: States = None,
@@ -265,7 +266,7 @@ def generate(
 def drained(tokens: TokenStream) -> Generation:
     """All that a stream still gives, and what it gave before."""
     deque(tokens, maxlen=0)
-    device = tokens.model.embedding.weight.device
+    device = tokens.model.device
     lengths = [len(row) for row in tokens.tokens]
     padded = [row + [0] * (max(lengths) - len(row)) for row in tokens.tokens]
     return Generation(
@@ -276,7 +277,7 @@ def drained(tokens: TokenStream) -> Generation:
     )
 
 
-def separated(model: MemoryTransformer, memory_state: States, rows: int) -> list[MemoryState]:
+def separated(model: RecurrentModel, memory_state: States, rows: int) -> list[MemoryState]:
     """One state for each row, from a batch's state, a state for each, or none."""
     state = model.init_state(rows) if memory_state is None else memory_state
     if isinstance(state, MemoryState):

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from memlib.inference.generate import GenerationConfig, TokenStream
-from memlib.inference.lanes import lanes_of, read, row_states
+from memlib.inference.row_groups import read, row_groups, row_states
 from memlib.inference.sampling import seeded
 from memlib.inference.states import load_state, save_state
 from memlib.inference.tokenizer import Tokenizer, decode, tokenizer_for
-from memlib.models import MemoryState, MemoryTransformer
-from memlib.models.evaluating import evaluating
+from memlib.models import MemoryState
+from memlib.models.eval_mode import eval_mode
+from memlib.models.protocol import RecurrentModel
 from memlib.models.stores import attached_stores, forget_streams, forgetting_on_failure
 
 
@@ -50,7 +51,7 @@ class Sessions:
 
     def __init__(
         self,
-        model: MemoryTransformer,
+        model: RecurrentModel,
         tokenizer: Tokenizer | None = None,
         config: GenerationConfig | None = None,
         max_users: int = 64,
@@ -78,7 +79,7 @@ class Sessions:
     def replies(self, prompts: Mapping[str, str]) -> dict[str, str]:
         """Answer several users in one call, each as if alone."""
         with self.calling(prompts):
-            users, ids, known = self.opened(prompts)
+            users, ids, known = self.prepared(prompts)
             generators = [generator_at(one.random) for one in known]
             states = [one.state for one in known]
             tokens = TokenStream(self.model, ids, states, self.config, generators)
@@ -93,10 +94,10 @@ class Sessions:
 
     def tell(self, user: str, text: str) -> None:
         """Let a user say something that is remembered and not answered."""
-        with self.calling([user]), evaluating(self.model):
-            (user,), (ids,), (known,) = self.opened({user: text})
-            lanes, _ = read(self.model, lanes_of([known.state]), {0: ids})
-        self.sessions[user] = replace(known, state=row_states(lanes)[0])
+        with self.calling([user]), eval_mode(self.model):
+            (user,), (ids,), (known,) = self.prepared({user: text})
+            groups, _ = read(self.model, row_groups([known.state]), {0: ids})
+        self.sessions[user] = replace(known, state=row_states(groups)[0])
 
     def forget(self, user: str) -> None:
         """Forget all of a user; what stores hold of their stream too."""
@@ -131,7 +132,7 @@ class Sessions:
                         left.append(state)
             raise
 
-    def opened(self, prompts: Mapping[str, str]) -> tuple[list[str], list[list[int]], list[Session]]:
+    def prepared(self, prompts: Mapping[str, str]) -> tuple[list[str], list[list[int]], list[Session]]:
         """Users, the ids of what they say, and what is known of them so far."""
         self.check_room(prompts)
         ids = [self.tokenizer.encode(prompt) for prompt in prompts.values()]

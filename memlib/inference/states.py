@@ -15,7 +15,10 @@ from torch import Tensor
 
 from memlib.config import to_dict
 from memlib.files import write_bytes
-from memlib.models import MemoryState, MemoryTransformer
+from memlib.memory.address import SlotAddress
+from memlib.memory.key_attention import MemoryAttention
+from memlib.models import MemoryState
+from memlib.models.protocol import RecurrentModel
 
 FORMAT = "memlib memory state 1"
 SAMPLED = 64  # values of each parameter that the fingerprint looks at
@@ -29,7 +32,7 @@ class StateError(ValueError):
 def save_state(
     state: MemoryState,
     path: str | os.PathLike[str],
-    model: MemoryTransformer,
+    model: RecurrentModel,
     random: Tensor | None = None,
 ) -> None:
     """Write a state of this model's streams, and the state of a random generator if given.
@@ -43,7 +46,7 @@ def save_state(
     write_bytes(path, save(tensors, {"format": FORMAT, "model": fingerprint(model)}))
 
 
-def load_state(path: str | os.PathLike[str], model: MemoryTransformer) -> tuple[MemoryState, Tensor | None]:
+def load_state(path: str | os.PathLike[str], model: RecurrentModel) -> tuple[MemoryState, Tensor | None]:
     """What `save_state` wrote: the state, and the random generator's state if there is one.
 
     Raises StateError for a file that is missing, damaged, or of another model: one with another
@@ -60,7 +63,7 @@ def load_state(path: str | os.PathLike[str], model: MemoryTransformer) -> tuple[
         raise StateError(f"{path}: not a whole state file ({error}); start a new one") from None
     if about.get("format") != FORMAT:
         raise StateError(f"{path}: format {about.get('format')!r}, not {FORMAT!r}; start a new one")
-    if about["model"] != fingerprint(model):
+    if about["model"] not in (fingerprint(model), fingerprint(model, version=1)):
         raise StateError(
             f"{path}: of another model, or of this one before it was trained on; open it with the "
             "checkpoint that wrote it, or start a new one"
@@ -69,16 +72,25 @@ def load_state(path: str | os.PathLike[str], model: MemoryTransformer) -> tuple[
         state = model.init_state(1).load(tensors)
     except KeyError as error:
         raise StateError(f"{path}: {error.args[0]}; attach stores as they were when it was saved") from None
-    return state.to(model.embedding.weight.device), tensors.get(RANDOM)
+    return state.to(model.device), tensors.get(RANDOM)
 
 
 @torch.no_grad()
-def fingerprint(model: MemoryTransformer) -> str:
-    """A hash of what a state means something to: architecture and weights, of which it looks at samples."""
+def fingerprint(model: RecurrentModel, version: int = 2) -> str:
+    """A hash of architecture and weights, of which it looks at samples.
+
+    version 1: as memlib 0.1 took it, where a lone sharpness was a parameter without an axis.
+    """
+    lone = [
+        f"{name}.sharpness"
+        for name, m in model.named_modules()
+        if isinstance(m, (SlotAddress, MemoryAttention))
+    ]
     config = [to_dict(part) for part in (model.config.model, model.config.memory)]
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, parameter in model.named_parameters():
         flat = rearrange(parameter, "... -> (...)")
         sample = flat[:: max(1, flat.numel() // SAMPLED)].double().cpu().numpy()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + sample.tobytes())
+        shape = () if version == 1 and name in lone else tuple(parameter.shape)
+        digest.update(f"{name} {shape} {parameter.dtype}".encode() + sample.tobytes())
     return digest.hexdigest()

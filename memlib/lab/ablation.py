@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memlib.models import MemoryTransformer
+    from memlib.models.protocol import RecurrentModel
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Question:
 
 
 def ask_without(
-    model: MemoryTransformer, tokens: Tensor, question: int, sets: Sequence[Sequence[int]], layer: int = 0
+    model: RecurrentModel, tokens: Tensor, question: int, sets: Sequence[Sequence[int]], layer: int = 0
 ) -> np.ndarray:
     """The model's distribution after token `question`, once for each set of slots taken away: [g v].
 
@@ -36,21 +36,21 @@ def ask_without(
 
     from memlib.memory.internal import SlotState
 
-    length = model.config.model.segment_length
+    length = model.segment_length
     border = question // length * length
     with torch.no_grad():
         state = model(tokens[None, :border]).memory_state if border else model.init_state(1)
         state = state.rows(torch.zeros(len(sets), dtype=torch.long))
-        banks = list(state.banks)
-        bank, fresh = banks[layer], model.init_state(len(sets)).banks[layer]
-        if not (isinstance(bank, SlotState) and isinstance(fresh, SlotState)):
-            raise ValueError(f"memory {layer} is a {type(bank).__name__}, which has no slots to take away")
+        memories = list(state.memories)
+        memory, fresh = memories[layer], model.init_state(len(sets)).memories[layer]
+        if not (isinstance(memory, SlotState) and isinstance(fresh, SlotState)):
+            raise ValueError(f"memory {layer} is a {type(memory).__name__}, which has no slots to take away")
         gone = torch.zeros(fresh.slots.shape[:2], dtype=torch.bool)
         for row, taken in enumerate(sets):
             gone[row, list(taken)] = True
-        banks[layer] = SlotState(torch.where(rearrange(gone, "g s -> g s 1"), fresh.slots, bank.slots))
+        memories[layer] = SlotState(torch.where(rearrange(gone, "g s -> g s 1"), fresh.slots, memory.slots))
         part = repeat(tokens[border : question + 1], "n -> g n", g=len(sets))
-        logits = model(part, memory_state=replace(state, banks=tuple(banks))).logits[:, -1]
+        logits = model(part, memory_state=replace(state, memories=tuple(memories))).logits[:, -1]
     return torch.softmax(logits, -1).numpy()
 
 
@@ -69,7 +69,7 @@ class Ablation:
 
 
 def ablate(
-    model: MemoryTransformer,
+    model: RecurrentModel,
     tokens: Tensor,
     questions: Sequence[Question],
     writer: np.ndarray,

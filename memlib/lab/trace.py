@@ -4,7 +4,7 @@
         model(input_ids)
     trace["internal.writer.input"]          # axes: layer batch token
 
-A recording hooks the model's `Probe`s; the model knows nothing of it. Points with a token axis are
+A recording listens to the model's `HookPoint`s; the model knows nothing of it. Points with a token axis are
 joined along it over calls and segments, so that `token` counts the stream's tokens; the others get a
 `step` axis, one entry per write. The same point of several layers gets a `layer` axis. A trace is
 numpy only: it saves to one safetensors file and opens where there is no torch.
@@ -25,7 +25,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 if TYPE_CHECKING:
-    from memlib.models import MemoryTransformer
+    from torch import Tensor
+
+    from memlib.models.protocol import RecurrentModel
+    from memlib.nn.hook_point import Listener
 
 FORMAT = "memlib-trace-1"
 
@@ -125,49 +128,46 @@ class Trace:
 
 
 @contextmanager
-def record(model: MemoryTransformer) -> Iterator[Trace]:
+def record(model: RecurrentModel) -> Iterator[Trace]:
     """Record every named point of a model while the block runs; the trace is complete after it."""
-    from memlib.nn.probe import Probe
+    from memlib.nn.hook_point import HookPoint
 
     heard: dict[str, dict[int, list[np.ndarray]]] = {}
     axes: dict[str, tuple[str, ...]] = {"tokens": ("batch", "token")}
     tokens: list[np.ndarray] = []
-    hooks = []
+    listening: list[tuple[HookPoint, Listener]] = []
 
-    def listen(layer: int, name: str, probe: Any) -> None:
-        axes[name] = probe.axes
+    def listen(layer: int, point: HookPoint) -> None:
+        axes[point.name] = point.axes
 
-        def hear(_module: Any, _inputs: Any, output: Any) -> None:
-            value = output.detach().float().cpu().numpy()
-            heard.setdefault(name, {}).setdefault(layer, []).append(value)
+        def hear(value: Tensor) -> None:
+            array = value.detach().float().cpu().numpy()
+            heard.setdefault(point.name, {}).setdefault(layer, []).append(array)
 
-        hooks.append(probe.register_forward_hook(hear))
+        point.listeners.append(hear)
+        listening.append((point, hear))
 
     def hear_tokens(_module: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         ids = inputs[0] if inputs else keywords["input_ids"]
         tokens.append(ids.detach().cpu().numpy())
 
     for layer, block in enumerate(model.blocks):
-        for name, module in block.named_modules():
-            if isinstance(module, Probe):
-                listen(layer, point_name(name), module)
-    hooks.append(model.register_forward_pre_hook(hear_tokens, with_kwargs=True))
+        for module in block.modules():
+            if isinstance(module, HookPoint):
+                listen(layer, module)
+    hook = model.register_forward_pre_hook(hear_tokens, with_kwargs=True)
     trace = Trace()
     try:
         yield trace
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
+        for point, hear in listening:
+            point.listeners.remove(hear)
     if tokens:
         trace.points["tokens"] = LabelledArray(np.concatenate(tokens, 1), axes["tokens"])
     for name, by_layer in heard.items():
         trace.layers[name] = sorted(by_layer)
         trace.points[name] = join([by_layer[layer] for layer in sorted(by_layer)], axes[name])
-
-
-def point_name(path: str) -> str:
-    """`memories.internal.writer.input_probe` -> `internal.writer.input`."""
-    return path.removeprefix("memories.").removesuffix("_probe").removesuffix(".probe")
 
 
 def join(layers: list[list[np.ndarray]], axes: tuple[str, ...]) -> LabelledArray:

@@ -6,9 +6,9 @@ below. The laws' tests, the trace and the comparison notebooks then cover it.
 
 from __future__ import annotations
 
-from memlib.memory.base import Memory, State
-from memlib.memory.chapters import ChapterMemory
-from memlib.memory.external import ExternalMemory
+from memlib.memory.base import Memory, State, axes
+from memlib.memory.chapters.memory import ChapterMemory
+from memlib.memory.external.memory import ExternalMemory
 from memlib.memory.hds import HdsMemory
 from memlib.memory.internal import InternalMemory
 from memlib.memory.ltm import LongTermMemory
@@ -33,4 +33,5 @@ __all__ = [
     "Memory",
     "RingMemory",
     "State",
+    "axes",
 ]

@@ -9,7 +9,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from memlib.memory.gates import identity_slots
+from memlib.nn.linear import Linear, vectors_for_scalars
 
 
 class SlotAddress(nn.Module):
@@ -27,13 +27,38 @@ class SlotAddress(nn.Module):
         self, hidden_dim: int, num_slots: int, num_heads: int, address_dim: int, sharpness: float
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.proj = nn.Linear(hidden_dim, address_dim, bias=False)
-        rows = identity_slots(num_slots, address_dim // num_heads)
-        self.table = nn.Parameter(rearrange(rows, "(s h) k -> h s k", h=num_heads).contiguous())
-        self.sharpness = nn.Parameter(torch.tensor(sharpness))
+        self.num_heads, self.num_slots, self.initial_sharpness = num_heads, num_slots, sharpness
+        self.proj = Linear(hidden_dim, address_dim)
+        self.table = nn.Parameter(torch.empty(num_heads, num_slots // num_heads, address_dim // num_heads))
+        self.sharpness = nn.Parameter(torch.empty(1))
+        self.register_load_state_dict_pre_hook(vectors_for_scalars)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        rows = identity_slots(self.num_slots, self.table.shape[-1]).to(self.table)
+        self.table.copy_(rearrange(rows, "(s h) k -> h s k", h=self.num_heads))
+        self.sharpness.fill_(self.initial_sharpness)
 
     def forward(self, features: Tensor) -> Tensor:
         query = rearrange(self.proj(features), "b n (h k) -> b n h k", h=self.num_heads)
         score = einsum(query, self.table, "b n h k, h s k -> b n h s")
         return rearrange(torch.softmax(self.sharpness * score, -1), "b n h s -> b n (h s)")
+
+
+def identity_slots(num_slots: int, dim: int) -> Tensor:
+    """Identity-style rows for any number of slots and width: [s d], unit rows.
+
+    The first d rows are the identity's; more slots than that go on with the rows of fixed random
+    rotations, orthonormal among themselves, so that no two slots start equal. LM2 starts its memory at
+    the identity and therefore needs slots = width; this is the same start without the restriction.
+    """
+    eye = torch.eye(dim)
+    if num_slots <= dim:
+        return eye[:num_slots]
+    generator = torch.Generator().manual_seed(0)
+    rounds = [eye]
+    for _ in range((num_slots - 1) // dim):
+        square = torch.randn(dim, dim, generator=generator)
+        rounds.append(torch.linalg.qr(square).Q)
+    return rearrange(torch.stack(rounds), "r s d -> (r s) d")[:num_slots]

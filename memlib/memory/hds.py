@@ -33,9 +33,10 @@ from torch.nn import functional as F
 
 from memlib.config import HdsMemoryConfig
 from memlib.memory.address import SlotAddress
-from memlib.memory.base import Memory, State
+from memlib.memory.base import Memory, State, axes, zeros
 from memlib.memory.gates import Gate
-from memlib.nn.probe import Probe
+from memlib.nn.hook_point import HookPoint
+from memlib.nn.linear import Linear, shifted
 
 LEVELS = 4
 
@@ -45,18 +46,18 @@ class BlockState(State):
     """blocks: [b r d], oldest first; complete: [b r], which of them exist; open: [b d], the sum over the
     block under way; filled: [b], its tokens so far."""
 
-    blocks: Tensor
-    complete: Tensor
-    open: Tensor
-    filled: Tensor
+    blocks: Tensor = axes("batch block feature")
+    complete: Tensor = axes("batch block")
+    open: Tensor = axes("batch feature")
+    filled: Tensor = axes("batch")
 
 
 @dataclass(frozen=True)
 class SummaryState(State):
     """mean: [b d] over the count: [b] tokens of the sequence so far."""
 
-    mean: Tensor
-    count: Tensor
+    mean: Tensor = axes("batch feature")
+    count: Tensor = axes("batch")
 
 
 @dataclass(frozen=True)
@@ -65,20 +66,20 @@ class HdsState(State):
 
     level_1: BlockState
     level_2: SummaryState
-    banks: Tensor
+    banks: Tensor = axes("batch bank slot feature")
 
 
 class HdsMemory(Memory):
     """y_t = sum_l g_tl level_l(h_t),  g_t = softmax(h_t W + b): the levels of the hierarchy, mixed."""
 
     def __init__(self, config: HdsMemoryConfig, hidden_dim: int) -> None:
-        super().__init__()
-        self.token = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        super().__init__(config, hidden_dim)
+        self.token = Linear(hidden_dim, hidden_dim)
         self.blocks = BlockLevel(config, hidden_dim)
         self.summary = SummaryLevel(hidden_dim)
         self.banks = BankLevel(config, hidden_dim)
         self.gate = Gate(hidden_dim, LEVELS)
-        self.level_probe = Probe("batch token level")
+        self.level_point = HookPoint("level", "batch token level")
 
     def init_state(self, batch_size: int) -> HdsState:
         return HdsState(
@@ -94,7 +95,8 @@ class HdsMemory(Memory):
             self.summary.read(hidden, state.level_2),
             self.banks.read(hidden, state.banks),
         ]
-        weight = self.level_probe(torch.softmax(self.gate(hidden), -1))
+        weight = torch.softmax(self.gate(hidden), -1)
+        self.level_point(weight)
         return einsum(weight, torch.stack(levels, -2), "b n l, b n l d -> b n d")
 
     def write(self, hidden: Tensor, state: HdsState, mask: Tensor) -> HdsState:
@@ -120,26 +122,32 @@ class BlockLevel(nn.Module):
     def __init__(self, config: HdsMemoryConfig, hidden_dim: int) -> None:
         super().__init__()
         self.chunk_size, self.num_blocks, self.hidden_dim = config.chunk_size, config.num_blocks, hidden_dim
-        self.q_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
-        self.empty_key = nn.Parameter(torch.zeros(hidden_dim))
-        self.weight_probe = Probe("batch token block")
-        self.filled_probe = Probe("batch token")
+        self.q_proj = Linear(hidden_dim, hidden_dim)
+        self.k_proj = Linear(hidden_dim, hidden_dim)
+        self.v_proj = Linear(hidden_dim, hidden_dim)
+        self.empty_key = nn.Parameter(torch.empty(hidden_dim))
+        self.weight_point = HookPoint("blocks.weight", "batch token block")
+        self.filled_point = HookPoint("blocks.filled", "batch token")
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.empty_key)
 
     def init_state(self, batch_size: int) -> BlockState:
-        like = self.empty_key
-        blocks = like.new_zeros(batch_size, self.num_blocks, self.hidden_dim)
-        none = torch.zeros(batch_size, self.num_blocks, dtype=torch.bool, device=like.device)
-        filled = torch.zeros(batch_size, dtype=torch.long, device=like.device)
-        return BlockState(blocks, none, like.new_zeros(batch_size, self.hidden_dim), filled)
+        return BlockState(
+            blocks=zeros(self, batch_size, self.num_blocks, self.hidden_dim),
+            complete=zeros(self, batch_size, self.num_blocks, dtype=torch.bool),
+            open=zeros(self, batch_size, self.hidden_dim),
+            filled=zeros(self, batch_size, dtype=torch.int64),
+        )
 
     def read(self, hidden: Tensor, state: BlockState) -> Tensor:
         empty = repeat(self.empty_key, "d -> b 1 d", b=len(hidden))
         keys = torch.cat((empty, self.k_proj(state.blocks)), 1)
         score = einsum(self.q_proj(hidden), keys, "b n d, b r d -> b n r") * hidden.shape[-1] ** -0.5
         there = rearrange(F.pad(state.complete, (1, 0), value=True), "b r -> b 1 r")
-        weight = self.weight_probe(torch.softmax(score.masked_fill(~there, -torch.inf), -1))
+        weight = torch.softmax(score.masked_fill(~there, -torch.inf), -1)
+        self.weight_point(weight)
         return einsum(weight[:, :, 1:], self.v_proj(state.blocks), "b n r, b r d -> b n d")
 
     def write(self, hidden: Tensor, state: BlockState, mask: Tensor) -> BlockState:
@@ -148,9 +156,10 @@ class BlockLevel(nn.Module):
         With p = tokens of the open block before a token, the token belongs to block p // C of this
         segment's blocks (the open one is block 0). Rows with padding complete theirs at other tokens.
         """
+        hidden = hidden.to(state.blocks.dtype)
         most = (self.chunk_size - 1 + hidden.shape[1]) // self.chunk_size  # blocks a segment can complete
         place = rearrange(state.filled, "b -> b 1") + torch.cumsum(mask, 1) - mask.long()
-        self.filled_probe((place % self.chunk_size + 1) / self.chunk_size * mask)
+        self.filled_point(lambda: (place % self.chunk_size + 1) / self.chunk_size * mask)
         belongs = F.one_hot(place // self.chunk_size, most + 1).to(hidden) * rearrange(mask, "b n -> b n 1")
         sums = einsum(belongs, hidden, "b n m, b n d -> b m d")
         sums = torch.cat((rearrange(state.open + sums[:, 0], "b d -> b 1 d"), sums[:, 1:]), 1)
@@ -172,18 +181,18 @@ class SummaryLevel(nn.Module):
 
     def __init__(self, hidden_dim: int) -> None:
         super().__init__()
-        self.v_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.v_proj = Linear(hidden_dim, hidden_dim)
         self.hidden_dim = hidden_dim
 
     def init_state(self, batch_size: int) -> SummaryState:
-        like = self.v_proj.weight
-        return SummaryState(like.new_zeros(batch_size, self.hidden_dim), like.new_zeros(batch_size))
+        return SummaryState(zeros(self, batch_size, self.hidden_dim), zeros(self, batch_size))
 
     def read(self, hidden: Tensor, state: SummaryState) -> Tensor:
         return repeat(self.v_proj(state.mean), "b d -> b n d", n=hidden.shape[1])
 
     def write(self, hidden: Tensor, state: SummaryState, mask: Tensor) -> SummaryState:
         """mean' = mean + (sum of the new tokens - their number * mean) / count'."""
+        hidden = hidden.to(state.mean.dtype)
         number = mask.sum(1).to(hidden)
         count = state.count + number
         new = einsum(hidden, mask.to(hidden), "b n d, b n -> b d")
@@ -207,33 +216,36 @@ class BankLevel(nn.Module):
         k, m, e = config.num_memories, config.num_slots, config.mem_dim
         self.num_memories, self.num_slots, self.mem_dim = k, m, e
         self.address = SlotAddress(hidden_dim, k * m, k, k * config.address_dim, config.address_sharpness)
-        self.shift = nn.Parameter(torch.full((hidden_dim,), config.shift_init))
-        self.v_proj = nn.Linear(hidden_dim, e, bias=False)
-        self.o_proj = nn.Linear(e, hidden_dim, bias=False)
+        self.shift, self.shift_init = nn.Parameter(torch.empty(hidden_dim)), config.shift_init
+        self.v_proj = Linear(hidden_dim, e)
+        self.o_proj = Linear(e, hidden_dim)
         self.input_gate = Gate(2 * hidden_dim, 1, config.input_bias)
         self.write_gate, self.read_gate = Gate(2 * hidden_dim, k), Gate(hidden_dim, k)
-        low, high = math.log2(config.half_life_min), math.log2(config.half_life_max)
-        spectrum = torch.linspace(low, high, k) if k > 1 else torch.tensor([high])
-        self.log_half_life = nn.Parameter(spectrum, requires_grad=config.decay == "trained")
+        self.half_life_range = (config.half_life_min, config.half_life_max)
+        self.log_half_life = nn.Parameter(torch.empty(k), requires_grad=config.decay == "trained")
         self.pace_gate = Gate(2 * hidden_dim, k) if config.decay == "trained" else None
-        # Recorded under the names that every slot memory's points have.
-        self.reader = nn.ModuleDict({"weight_probe": Probe("batch token slot")})
-        self.writer = nn.ModuleDict(
-            {
-                "weight_probe": Probe("batch token slot"),
-                "input_probe": Probe("batch token"),
-                "bank_probe": Probe("batch token bank"),
-                "decay_probe": Probe("batch token bank"),
-            }
-        )
-        self.before_probe, self.after_probe = Probe("batch slot feature"), Probe("batch slot feature")
+        self.read_point = HookPoint("banks.reader.weight", "batch token slot")
+        self.weight_point = HookPoint("banks.writer.weight", "batch token slot")
+        self.input_point = HookPoint("banks.writer.input", "batch token")
+        self.bank_point = HookPoint("banks.writer.bank", "batch token bank")
+        self.decay_point = HookPoint("banks.writer.decay", "batch token bank")
+        self.before_point = HookPoint("banks.before", "batch slot feature")
+        self.after_point = HookPoint("banks.after", "batch slot feature")
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.shift.fill_(self.shift_init)
+        low, high = map(math.log2, self.half_life_range)
+        spectrum = torch.linspace(low, high, self.num_memories) if self.num_memories > 1 else high
+        self.log_half_life.copy_(torch.as_tensor(spectrum))
 
     @property
     def half_lives(self) -> Tensor:
         return torch.exp2(self.log_half_life)
 
     def init_state(self, batch_size: int) -> Tensor:
-        return self.v_proj.weight.new_zeros(batch_size, self.num_memories, self.num_slots, self.mem_dim)
+        return zeros(self, batch_size, self.num_memories, self.num_slots, self.mem_dim)
 
     def by_bank(self, address: Tensor) -> Tensor:
         return rearrange(address, "b n (k s) -> b n k s", k=self.num_memories)
@@ -241,29 +253,34 @@ class BankLevel(nn.Module):
     def read(self, hidden: Tensor, banks: Tensor) -> Tensor:
         share = torch.softmax(self.read_gate(hidden), -1)
         weight = self.by_bank(self.address(hidden)) * rearrange(share, "b n k -> b n k 1")
-        weight = self.by_bank(self.reader["weight_probe"](rearrange(weight, "b n k s -> b n (k s)")))
+        self.read_point(lambda: rearrange(weight, "b n k s -> b n (k s)"))
         return self.o_proj(einsum(weight, banks, "b n k s, b k s e -> b n e"))
 
     def write(self, hidden: Tensor, banks: Tensor, mask: Tensor) -> Tensor:
-        banks = self.record(banks, self.before_probe)
+        self.before_point(lambda: rearrange(banks, "b k s e -> b (k s) e"))
         hidden = hidden * rearrange(mask, "b n -> b n 1")
-        before = F.pad(hidden, (0, 0, 1, 0))[:, :-1]
+        before = shifted(hidden)
         context = torch.cat((hidden, before), -1)
         opened = rearrange(torch.sigmoid(self.input_gate(context)), "b n 1 -> b n")
-        opened = self.writer["input_probe"](opened) * mask
-        share = self.writer["bank_probe"](torch.softmax(self.write_gate(context), -1))
-        address = self.writer["weight_probe"](self.address(torch.lerp(hidden, before, self.shift)))
-        log_decay = self.log_decay(context, mask)
+        share = torch.softmax(self.write_gate(context), -1)
+        address = self.address(torch.lerp(hidden, before, self.shift))
+        self.input_point(opened)
+        self.bank_point(share)
+        self.weight_point(address)
+        opened = opened * mask
+        log_decay = self.log_decay(context, mask).to(banks.dtype)
         total = reduce(log_decay, "b n k -> b 1 k", "sum")
         later = torch.exp(total - torch.cumsum(log_decay, 1))
         strength = share * later * rearrange(opened, "b n -> b n 1")
         new = einsum(
-            self.by_bank(address),
+            self.by_bank(address).to(banks.dtype),
             strength,
-            torch.tanh(self.v_proj(hidden)),
+            torch.tanh(self.v_proj(hidden)).to(banks.dtype),
             "b n k s, b n k, b n e -> b k s e",
         )
-        return self.record(banks * rearrange(torch.exp(total), "b 1 k -> b k 1 1") + new, self.after_probe)
+        after = banks * rearrange(torch.exp(total), "b 1 k -> b k 1 1") + new
+        self.after_point(lambda: rearrange(after, "b k s e -> b (k s) e"))
+        return after
 
     def log_decay(self, context: Tensor, mask: Tensor) -> Tensor:
         """ln of what each token multiplies each bank with: [b n k]; 0 for padding.
@@ -274,10 +291,5 @@ class BankLevel(nn.Module):
         if self.pace_gate is not None:
             pace = pace * 2 * torch.sigmoid(self.pace_gate(context))
         decay = -math.log(2) * pace
-        self.writer["decay_probe"](torch.exp(decay))
+        self.decay_point(decay.exp)
         return decay
-
-    def record(self, banks: Tensor, probe: Probe) -> Tensor:
-        """Let a recording see all banks as one row of slots."""
-        slots = probe(rearrange(banks, "b k s e -> b (k s) e"))
-        return rearrange(slots, "b (k s) e -> b k s e", k=self.num_memories)

@@ -27,29 +27,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlib.config import InternalMemoryConfig
-from memlib.memory.address import SlotAddress
-from memlib.memory.base import Memory, State
-from memlib.memory.gates import Gate, gated_write, identity_slots
+from memlib.memory.address import SlotAddress, identity_slots
+from memlib.memory.base import Memory, State, axes, zeros
+from memlib.memory.gated_write import gated_write
+from memlib.memory.gates import Gate
+from memlib.nn.hook_point import HookPoint
+from memlib.nn.linear import Linear, shifted
 from memlib.nn.norm import RMSNorm
-from memlib.nn.probe import Probe
 
 
 @dataclass(frozen=True)
 class SlotState(State):
     """slots: [b s e]."""
 
-    slots: Tensor
+    slots: Tensor = axes("batch slot feature")
 
 
 class InternalMemory(Memory):
-    """Persistent slots, read by cross-attention, written through gates (spec A2)."""
+    """Persistent slots, read by cross-attention, written through gates (docs/coverage.md)."""
 
     start: Tensor
 
     def __init__(self, config: InternalMemoryConfig, hidden_dim: int) -> None:
-        super().__init__()
+        super().__init__(config, hidden_dim)
         slot_dim = config.slot_dim or hidden_dim
-        self.register_buffer("start", identity_slots(config.num_slots, slot_dim), persistent=False)
+        self.register_buffer("start", torch.empty(config.num_slots, slot_dim), persistent=False)
         if config.write == "addressed":
             address = SlotAddress(
                 hidden_dim, config.num_slots, config.num_heads, slot_dim, config.address_sharpness
@@ -59,18 +61,24 @@ class InternalMemory(Memory):
         else:
             self.reader = AttentionRead(config, hidden_dim, slot_dim)
             self.writer = AttentionWrite(config, hidden_dim, slot_dim)
-        self.before_probe = Probe("batch slot feature")
-        self.after_probe = Probe("batch slot feature")
+        self.before_point = HookPoint("before", "batch slot feature")
+        self.after_point = HookPoint("after", "batch slot feature")
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.start.copy_(identity_slots(*self.start.shape))
 
     def init_state(self, batch_size: int) -> SlotState:
-        return SlotState(repeat(self.start, "s e -> b s e", b=batch_size))
+        return SlotState(zeros(self, batch_size, *self.start.shape) + self.start)
 
     def read(self, hidden: Tensor, state: SlotState) -> Tensor:
         return self.reader(hidden, state.slots)
 
     def write(self, hidden: Tensor, state: SlotState, mask: Tensor) -> SlotState:
-        slots = self.writer(hidden, self.before_probe(state.slots), mask)
-        return SlotState(self.after_probe(slots))
+        self.before_point(state.slots)
+        slots = self.writer(hidden, state.slots, mask)
+        self.after_point(slots)
+        return SlotState(slots)
 
 
 class OutputGate(nn.Module):
@@ -79,10 +87,12 @@ class OutputGate(nn.Module):
     def __init__(self, hidden_dim: int) -> None:
         super().__init__()
         self.gate = Gate(hidden_dim, hidden_dim)
-        self.probe = Probe("batch token feature")
+        self.gate_point = HookPoint("reader.output_gate", "batch token feature")
 
     def forward(self, read: Tensor) -> Tensor:
-        return self.probe(torch.sigmoid(self.gate(read))) * read
+        gate = torch.sigmoid(self.gate(read))
+        self.gate_point(gate)
+        return gate * read
 
 
 class AddressedRead(nn.Module):
@@ -93,12 +103,13 @@ class AddressedRead(nn.Module):
     ) -> None:
         super().__init__()
         self.address = address
-        self.o_proj = nn.Linear(slot_dim, hidden_dim, bias=False)
+        self.o_proj = Linear(slot_dim, hidden_dim)
         self.output_gate = OutputGate(hidden_dim) if config.output_gate else nn.Identity()
-        self.weight_probe = Probe("batch token slot")
+        self.weight_point = HookPoint("reader.weight", "batch token slot")
 
     def forward(self, hidden: Tensor, slots: Tensor) -> Tensor:
-        weight = self.weight_probe(self.address(hidden) / self.address.num_heads)
+        weight = self.address(hidden) / self.address.num_heads
+        self.weight_point(weight)
         return self.output_gate(self.o_proj(einsum(weight, slots, "b n s, b s e -> b n e")))
 
 
@@ -119,21 +130,28 @@ class AddressedWrite(nn.Module):
     ) -> None:
         super().__init__()
         self.address = address
-        self.shift = nn.Parameter(torch.full((hidden_dim,), config.shift_init))
-        self.v_proj = nn.Linear(hidden_dim, slot_dim, bias=False)
+        self.shift, self.shift_init = nn.Parameter(torch.empty(hidden_dim)), config.shift_init
+        self.v_proj = Linear(hidden_dim, slot_dim)
         self.input_gate = Gate(2 * hidden_dim, 1, config.input_bias)
         self.forget_gate = Gate(2 * hidden_dim, 1, config.forget_bias)
-        self.weight_probe = Probe("batch token slot")
-        self.input_probe = Probe("batch token")
-        self.forget_probe = Probe("batch token")
+        self.weight_point = HookPoint("writer.weight", "batch token slot")
+        self.input_point = HookPoint("writer.input", "batch token")
+        self.forget_point = HookPoint("writer.forget", "batch token")
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.shift, self.shift_init)
 
     def forward(self, hidden: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
         hidden = hidden * rearrange(mask, "b n -> b n 1")
-        before = F.pad(hidden, (0, 0, 1, 0))[:, :-1]
+        before = shifted(hidden)
         context = torch.cat((hidden, before), -1)
-        address = self.weight_probe(self.address(torch.lerp(hidden, before, self.shift)))
-        opened = self.input_probe(rearrange(torch.sigmoid(self.input_gate(context)), "b n 1 -> b n"))
-        kept = self.forget_probe(rearrange(torch.sigmoid(self.forget_gate(context)), "b n 1 -> b n"))
+        address = self.address(torch.lerp(hidden, before, self.shift))
+        opened = rearrange(torch.sigmoid(self.input_gate(context)), "b n 1 -> b n")
+        kept = rearrange(torch.sigmoid(self.forget_gate(context)), "b n 1 -> b n")
+        self.weight_point(address)
+        self.input_point(opened)
+        self.forget_point(kept)
         strength = address * rearrange(opened * mask, "b n -> b n 1")
         erase = strength * rearrange(1 - kept, "b n -> b n 1")
         return gated_write(slots, strength, erase, torch.tanh(self.v_proj(hidden)))
@@ -148,19 +166,20 @@ class AttentionRead(nn.Module):
     def __init__(self, config: InternalMemoryConfig, hidden_dim: int, slot_dim: int) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.q_proj = nn.Linear(hidden_dim, slot_dim, bias=False)
-        self.k_proj = nn.Linear(slot_dim, slot_dim, bias=False)
-        self.v_proj = nn.Linear(slot_dim, slot_dim, bias=False)
-        self.o_proj = nn.Linear(slot_dim, hidden_dim, bias=False)
+        self.q_proj = Linear(hidden_dim, slot_dim)
+        self.k_proj = Linear(slot_dim, slot_dim)
+        self.v_proj = Linear(slot_dim, slot_dim)
+        self.o_proj = Linear(slot_dim, hidden_dim)
         self.output_gate = OutputGate(hidden_dim) if config.output_gate else nn.Identity()
-        self.weight_probe = Probe("batch head token slot")
+        self.weight_point = HookPoint("reader.weight", "batch head token slot")
 
     def forward(self, hidden: Tensor, slots: Tensor) -> Tensor:
         q = rearrange(self.q_proj(hidden), "b n (h k) -> b h n k", h=self.num_heads)
         k = rearrange(self.k_proj(slots), "b s (h k) -> b h s k", h=self.num_heads)
         v = rearrange(self.v_proj(slots), "b s (h k) -> b h s k", h=self.num_heads)
         score = einsum(q, k, "b h n k, b h s k -> b h n s") * q.shape[-1] ** -0.5
-        weight = self.weight_probe(torch.softmax(score, -1))
+        weight = torch.softmax(score, -1)
+        self.weight_point(weight)
         read = rearrange(einsum(weight, v, "b h n s, b h s k -> b h n k"), "b h n k -> b n (h k)")
         return self.output_gate(self.o_proj(read))
 
@@ -178,28 +197,33 @@ class AttentionWrite(nn.Module):
     def __init__(self, config: InternalMemoryConfig, hidden_dim: int, slot_dim: int) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.in_proj = nn.Linear(hidden_dim, slot_dim, bias=False)
-        self.q_proj = nn.Linear(slot_dim, slot_dim, bias=False)
-        self.k_proj = nn.Linear(slot_dim, slot_dim, bias=False)
-        self.v_proj = nn.Linear(slot_dim, slot_dim, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(slot_dim, slot_dim), nn.ReLU(), nn.Linear(slot_dim, slot_dim))
+        self.in_proj = Linear(hidden_dim, slot_dim)
+        self.q_proj = Linear(slot_dim, slot_dim)
+        self.k_proj = Linear(slot_dim, slot_dim)
+        self.v_proj = Linear(slot_dim, slot_dim)
+        self.mlp = nn.Sequential(
+            Linear(slot_dim, slot_dim, bias=True), nn.ReLU(), Linear(slot_dim, slot_dim, bias=True)
+        )
         self.attended_norm, self.mlp_norm = RMSNorm(slot_dim), RMSNorm(slot_dim)
         self.input_gate = Gate(2 * slot_dim, slot_dim, config.input_bias)
         self.forget_gate = Gate(2 * slot_dim, slot_dim, config.forget_bias)
-        self.weight_probe = Probe("batch head slot source")
-        self.input_probe = Probe("batch slot feature")
-        self.forget_probe = Probe("batch slot feature")
+        self.weight_point = HookPoint("writer.weight", "batch head slot source")
+        self.input_point = HookPoint("writer.input", "batch slot feature")
+        self.forget_point = HookPoint("writer.forget", "batch slot feature")
 
-    def forward(self, hidden: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, before: Tensor, mask: Tensor) -> Tensor:
+        slots = before.to(hidden.dtype)
         x = self.in_proj(hidden) * rearrange(mask, "b n -> b n 1")
         update = self.attended_norm(slots + self.attend(slots, x, mask))
         update = torch.tanh(self.mlp_norm(update + self.mlp(update)))
         count = rearrange(mask.sum(1).clamp(min=1), "b -> b 1").to(x.dtype)
         pooled = reduce(x, "b n e -> b e", "sum") / count
         context = torch.cat((repeat(pooled, "b e -> b s e", s=slots.shape[1]), torch.tanh(slots)), -1)
-        opened = self.input_probe(torch.sigmoid(self.input_gate(context)))
-        kept = self.forget_probe(torch.sigmoid(self.forget_gate(context)))
-        return kept * slots + opened * update
+        opened = torch.sigmoid(self.input_gate(context))
+        kept = torch.sigmoid(self.forget_gate(context))
+        self.input_point(opened)
+        self.forget_point(kept)
+        return kept * before + opened * update
 
     def attend(self, slots: Tensor, x: Tensor, mask: Tensor) -> Tensor:
         source = torch.cat((slots, x), 1)
@@ -211,5 +235,6 @@ class AttentionWrite(nn.Module):
         q, k, v = heads(self.q_proj(slots)), heads(self.k_proj(source)), heads(self.v_proj(source))
         score = einsum(q, k, "b h s k, b h j k -> b h s j") * q.shape[-1] ** -0.5
         score = score.masked_fill(~rearrange(allowed, "b j -> b 1 1 j"), -torch.inf)
-        weight = self.weight_probe(torch.softmax(score, -1))
+        weight = torch.softmax(score, -1)
+        self.weight_point(weight)
         return rearrange(einsum(weight, v, "b h s j, b h j k -> b h s k"), "b h s k -> b s (h k)")

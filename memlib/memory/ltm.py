@@ -24,27 +24,30 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlib.config import LtmMemoryConfig
-from memlib.memory.base import Memory, State
-from memlib.memory.gates import Gate, gated_write, identity_slots
-from memlib.memory.retrieval import MemoryAttention, TokenKey, in_time_order, take
-from memlib.memory.slots import SlotRule
-from memlib.nn.probe import Probe
+from memlib.memory.adaptive_slots import SlotRule
+from memlib.memory.address import identity_slots
+from memlib.memory.base import Memory, State, axes, zeros
+from memlib.memory.gated_write import gated_write
+from memlib.memory.gates import Gate
+from memlib.memory.key_attention import MemoryAttention, TokenKey, in_time_order, take
+from memlib.nn.hook_point import HookPoint
+from memlib.nn.linear import Linear
 
 SLOPE = 0.25  # of sigma at 0
 
 
 @dataclass(frozen=True)
-class BankState(State):
+class LtmState(State):
     """slots: [b s e]; age: [b s], segments since last use (fixed slots: 0); segments: [b] written."""
 
-    slots: Tensor
-    age: Tensor
-    segments: Tensor
+    slots: Tensor = axes("batch slot feature")
+    age: Tensor = axes("batch slot")
+    segments: Tensor = axes("batch")
 
 
 class LongTermMemory(Memory):
@@ -53,46 +56,54 @@ class LongTermMemory(Memory):
     start: Tensor
 
     def __init__(self, config: LtmMemoryConfig, hidden_dim: int) -> None:
-        super().__init__()
+        super().__init__(config, hidden_dim)
         key_dim = value_dim = config.slot_dim // 2
-        keys = identity_slots(config.num_slots, key_dim)
-        start = torch.cat((keys, torch.zeros(config.num_slots, value_dim)), -1)
         self.rule: SlotRule | None = None
         if config.slots == "adaptive":
             self.rule = SlotRule(config.match_threshold, config.reclaim_after, config.prune_below)
-            start = torch.zeros_like(start)
-        self.register_buffer("start", start, persistent=False)
+        self.register_buffer("start", torch.empty(config.num_slots, config.slot_dim), persistent=False)
         self.key = TokenKey(hidden_dim, key_dim, config.shift_init)
         top_k = config.top_k if config.attention == "sparse" else None
         self.reader = BankRead(self.key, value_dim, hidden_dim, config.sharpness, top_k)
         self.writer = BankWrite(config, hidden_dim, self.key, self.reader.attention)
-        self.before_probe = Probe("batch slot feature")
-        self.after_probe = Probe("batch slot feature")
+        self.before_point = HookPoint("before", "batch slot feature")
+        self.after_point = HookPoint("after", "batch slot feature")
+        self.reset_parameters()
 
-    def init_state(self, batch_size: int) -> BankState:
-        whole = repeat(self.start, "s e -> b s e", b=batch_size)
-        age = torch.zeros(whole.shape[:2], dtype=torch.int64, device=whole.device)
+    def reset_parameters(self) -> None:
+        """Fixed slots start with random keys that say nothing, adaptive ones free."""
+        self.start.zero_()
+        if self.rule is None:
+            keys = self.start.shape[1] // 2
+            self.start[:, :keys] = identity_slots(len(self.start), keys).to(self.start)
+
+    def init_state(self, batch_size: int) -> LtmState:
+        slots = zeros(self, batch_size, *self.start.shape) + self.start
+        age = zeros(self, *slots.shape[:2], dtype=torch.int64)
         if self.rule:
             age = age + self.rule.reclaim_after
-        return BankState(whole, age, age.new_zeros(batch_size))
+        return LtmState(slots, age, zeros(self, batch_size, dtype=torch.int64))
 
-    def read(self, hidden: Tensor, state: BankState) -> Tensor:
+    def read(self, hidden: Tensor, state: LtmState) -> Tensor:
         return self.reader(hidden, state.slots, self.free(state.age))
 
     def free(self, age: Tensor) -> Tensor | None:
         """Which slots are empty and not to be read: [b s]; None if none can be."""
         return age >= self.rule.reclaim_after if self.rule else None
 
-    def write(self, hidden: Tensor, state: BankState, mask: Tensor) -> BankState:
-        slots = self.before_probe(state.slots)
+    def write(self, hidden: Tensor, state: LtmState, mask: Tensor) -> LtmState:
+        slots = state.slots
+        self.before_point(slots)
         tokens = self.writer.compress(hidden, mask, state.segments)
         if self.rule:
-            asked = self.rule.asked(self.key.query(hidden), mask, halves(slots)[0], state.age)
+            query = self.key.query(hidden).to(slots.dtype)
+            asked = self.rule.asked(query, mask, halves(slots)[0], state.age)
             slots, age = self.writer.take_slots(tokens, slots, state.age.masked_fill(asked, -1), self.rule)
             slots, age = self.rule.reclaim(slots, halves(slots)[1], age)
         else:
             slots, age = self.writer.spread(tokens, slots), state.age
-        return BankState(self.after_probe(slots), age, state.segments + 1)
+        self.after_point(slots)
+        return LtmState(slots, age, state.segments + 1)
 
 
 class BankRead(nn.Module):
@@ -103,8 +114,8 @@ class BankRead(nn.Module):
     ) -> None:
         super().__init__()
         self.key = key
-        self.attention = MemoryAttention(sharpness, top_k)
-        self.o_proj = nn.Linear(value_dim, hidden_dim, bias=False)
+        self.attention = MemoryAttention(sharpness, "reader.attention.weight", top_k)
+        self.o_proj = Linear(value_dim, hidden_dim)
 
     def forward(self, hidden: Tensor, slots: Tensor, free: Tensor | None) -> Tensor:
         keys, values = halves(slots)
@@ -140,34 +151,38 @@ class BankWrite(nn.Module):
     ) -> None:
         super().__init__()
         self.key, self.attention = key, attention
-        self.v_proj = nn.Linear(hidden_dim, config.slot_dim // 2, bias=False)
+        self.v_proj = Linear(hidden_dim, config.slot_dim // 2)
         self.importance_gate = Gate(config.slot_dim, 1, config.importance_bias)
         self.keep, self.ratio = config.keep, config.memory_compression_ratio
         self.exploration = config.exploration
-        self.importance_probe = Probe("batch token")
-        self.kept_probe = Probe("batch token")
-        self.weight_probe = Probe("batch token slot")
-        self.input_probe = Probe("batch token")
-        self.forget_probe = Probe("batch token")
+        self.importance_point = HookPoint("writer.importance", "batch token")
+        self.kept_point = HookPoint("writer.kept", "batch token")
+        self.weight_point = HookPoint("writer.weight", "batch token slot")
+        self.input_point = HookPoint("writer.input", "batch token")
+        self.forget_point = HookPoint("writer.forget", "batch token")
 
     def compress(self, hidden: Tensor, mask: Tensor, segments: Tensor) -> Survivors:
         """What survives of a segment, in time order; hidden: [b n d], mask: [b n], segments: [b]."""
         hidden, n = hidden * rearrange(mask, "b n -> b n 1"), mask.shape[1]
         new = torch.cat((self.key.key(hidden), torch.tanh(self.v_proj(hidden))), -1)
         logit = rearrange(self.importance_gate(new), "b n 1 -> b n")
-        importance = self.importance_probe(torch.sigmoid(logit))
+        importance = torch.sigmoid(logit)
         order = self.explored(logit) if self.keep == "learned" else lottery(mask, segments)
-        kept = self.kept_probe(survivors(order, mask, self.ratio))
+        kept = survivors(order, mask, self.ratio)
         worth = SLOPE * (logit - logit.detach()) * (mask & ~kept)
-        opened = self.input_probe(importance * kept + worth)
-        self.forget_probe(torch.zeros_like(opened))  # of what it writes over, nothing stays
+        opened = importance * kept + worth
+        self.importance_point(importance)
+        self.kept_point(kept)
+        self.input_point(opened)
+        self.forget_point(lambda: torch.zeros_like(opened))  # overwritten content is fully erased
         index = in_time_order(kept, n if self.training else ceil(self.ratio * n))
         return Survivors(take(new, index), take(opened, index), take(kept, index), index, n)
 
     def spread(self, tokens: Survivors, slots: Tensor) -> Tensor:
         """Fixed slots: every token updates the slots its key means; slots: [b s e] -> [b s e]."""
-        score = self.attention.score(halves(tokens.new)[0], halves(slots)[0])
-        weight = self.heard(torch.softmax(score, -1), tokens)
+        keys = halves(slots)[0].to(tokens.new.dtype)
+        weight = torch.softmax(self.attention.score(halves(tokens.new)[0], keys), -1)
+        self.weight_point(lambda: in_segment(weight, tokens))
         strength = weight * rearrange(tokens.strength, "b c -> b c 1")
         return gated_write(slots, strength, strength, tokens.new)
 
@@ -178,22 +193,16 @@ class BankWrite(nn.Module):
 
         A dropped token that would take a slot leaves none to be read, hence learns nothing of its worth.
         """
-        where, fresh, age = rule.choose(
-            halves(tokens.new)[0], tokens.strength, tokens.kept, halves(slots)[0], age
-        )
-        weight = self.heard(F.one_hot(where, slots.shape[1]).to(slots.dtype), tokens)
-        g = rearrange(tokens.strength, "b c -> b c 1")
+        key, value = halves(tokens.new.to(slots.dtype))
+        strength = tokens.strength.to(slots.dtype)
+        where, fresh, age = rule.choose(key, strength, tokens.kept, halves(slots)[0], age)
+        weight = F.one_hot(where, slots.shape[1]).to(slots.dtype)
+        self.weight_point(lambda: in_segment(weight, tokens))
+        g = rearrange(strength, "b c -> b c 1")
         taken, kept = rearrange(fresh, "b c -> b c 1"), rearrange(tokens.kept, "b c -> b c 1")
-        key, value = halves(tokens.new)
         content = torch.cat((torch.where(taken, key, g * key), g * value), -1)
         erase = torch.where(taken, kept.to(g.dtype), g)
         return gated_write(slots, weight * (kept | ~taken), weight * erase, content), age
-
-    def heard(self, weight: Tensor, tokens: Survivors) -> Tensor:
-        """Weights [b c s] on their way, for the probe at the tokens' own places in the segment."""
-        at = F.one_hot(tokens.index, tokens.length).to(weight.dtype)
-        self.weight_probe(einsum(at, weight, "b c n, b c s -> b n s"))
-        return weight
 
     def explored(self, logit: Tensor) -> Tensor:
         """Importance to choose by: as it is, or in training under Gumbel noise; [b n] -> [b n]."""
@@ -206,6 +215,12 @@ def halves(slots: Tensor) -> tuple[Tensor, Tensor]:
     """What a slot is found by and what it says: [… e] -> [… k], [… e-k]."""
     key, value = slots.chunk(2, -1)
     return key, value
+
+
+def in_segment(weight: Tensor, tokens: Survivors) -> Tensor:
+    """The survivors' weights [b c s] at their own places in the segment: [b n s]."""
+    at = F.one_hot(tokens.index, tokens.length).to(weight.dtype)
+    return einsum(at, weight, "b c n, b c s -> b n s")
 
 
 @torch.no_grad()

@@ -32,19 +32,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlib.config import RingMemoryConfig
-from memlib.memory.base import Memory, State
+from memlib.memory.base import Memory, State, axes, zeros
 from memlib.memory.gates import Gate
-from memlib.memory.retrieval import MemoryAttention, TokenKey, in_time_order, take
-from memlib.nn.probe import Probe
+from memlib.memory.key_attention import MemoryAttention, TokenKey, in_time_order, take
+from memlib.nn.hook_point import HookPoint
+from memlib.nn.linear import Linear
 
 
 @dataclass(frozen=True)
 class Items(State):
     """keys: [b m k]; values: [b m e]; importance: [b m], log sigma of the score."""
 
-    keys: Tensor
-    values: Tensor
-    importance: Tensor
+    keys: Tensor = axes("batch slot feature")
+    values: Tensor = axes("batch slot feature")
+    importance: Tensor = axes("batch slot")
 
     def pick(self, index: Tensor) -> Items:
         """The items at index: [b j]; what is out of range is some item."""
@@ -70,7 +71,7 @@ class Ring(State):
     """Item i of a row stands in place i mod r.  items: r of them; count: [b], items ever pushed."""
 
     items: Items
-    count: Tensor
+    count: Tensor = axes("batch")
 
     @property
     def filled(self) -> Tensor:
@@ -98,8 +99,8 @@ class LruStore(State):
     """items: l of them; used: [b l], the tick of each place's last use, 0 if free; tick: [b], the last."""
 
     items: Items
-    used: Tensor
-    tick: Tensor
+    used: Tensor = axes("batch slot")
+    tick: Tensor = axes("batch")
 
     @property
     def filled(self) -> Tensor:
@@ -143,33 +144,32 @@ class RingState(State):
 class RingMemory(Memory):
     """The newest tokens in a ring; what leaves it, if important, in a least-recently-used store."""
 
-    start: Tensor
+    config: RingMemoryConfig
 
     def __init__(self, config: RingMemoryConfig, hidden_dim: int) -> None:
-        super().__init__()
-        self.config = config
-        self.register_buffer("start", torch.zeros(()), persistent=False)
+        super().__init__(config, hidden_dim)
         width = config.slot_dim // 2
         self.key = TokenKey(hidden_dim, width, config.shift_init)
-        self.reader = MemoryAttention(config.sharpness)
-        self.o_proj = nn.Linear(width, hidden_dim, bias=False)
+        self.reader = MemoryAttention(config.sharpness, "reader.weight")
+        self.o_proj = Linear(width, hidden_dim)
         self.writer = ItemWrite(config, hidden_dim, self.key)
-        self.before_probe = Probe("batch slot feature")
-        self.after_probe = Probe("batch slot feature")
+        self.before_point = HookPoint("before", "batch slot feature")
+        self.after_point = HookPoint("after", "batch slot feature")
 
     def init_state(self, batch_size: int) -> RingState:
         def items(places: int) -> Items:
             width = self.config.slot_dim // 2
             return Items(
-                keys=self.start.new_zeros(batch_size, places, width),
-                values=self.start.new_zeros(batch_size, places, width),
-                importance=self.start.new_zeros(batch_size, places),
+                keys=zeros(self, batch_size, places, width),
+                values=zeros(self, batch_size, places, width),
+                importance=zeros(self, batch_size, places),
             )
 
+        def none(*shape: int) -> Tensor:
+            return zeros(self, batch_size, *shape, dtype=torch.int64)
+
         short, long = self.config.short_slots, self.config.long_slots
-        none = torch.zeros(batch_size, dtype=torch.int64, device=self.start.device)
-        used = torch.zeros(batch_size, long, dtype=torch.int64, device=self.start.device)
-        return RingState(Ring(items(short), none), LruStore(items(long), used, none.clone()))
+        return RingState(Ring(items(short), none()), LruStore(items(long), none(long), none()))
 
     def read(self, hidden: Tensor, state: RingState) -> Tensor:
         """y = Attn(query; ring and store) W_o, the store's scores plus log importance; -> [b n d]."""
@@ -179,16 +179,18 @@ class RingMemory(Memory):
 
     def write(self, hidden: Tensor, state: RingState, mask: Tensor) -> RingState:
         slots, bias = everything(state)
-        self.before_probe(slots)
-        weight = self.reader.used(self.key.query(hidden), slots.chunk(2, -1)[0], bias, mask)
+        self.before_point(slots)
+        query = self.key.query(hidden).to(slots.dtype)
+        weight = self.reader.used(query, slots.chunk(2, -1)[0], bias, mask)
         retrieved = weight[:, self.config.short_slots :] > self.config.retrieved_above
-        new = self.writer(hidden, mask)
+        new = self.writer(hidden, mask).cast(slots.dtype)
         ring, fallen, fell = state.ring.push(new, mask)
-        admitted = fell & (fallen.importance >= math.log(max(self.config.admit, 1e-30)))
-        store = state.store.touch(retrieved).insert(fallen, admitted)
-        self.writer.placed(state.ring.count, mask, slots.shape[1])
+        if self.config.admit:
+            fell = fell & (fallen.importance >= math.log(self.config.admit))
+        store = state.store.touch(retrieved).insert(fallen, fell)
+        self.writer.record_places(state.ring.count, mask, slots.shape[1])
         after = RingState(ring, store)
-        self.after_probe(everything(after)[0])
+        self.after_point(lambda: everything(after)[0])
         return after
 
 
@@ -199,28 +201,32 @@ class ItemWrite(nn.Module):
         super().__init__()
         self.key = key
         self.short_slots = config.short_slots
-        self.v_proj = nn.Linear(hidden_dim, config.slot_dim // 2, bias=False)
+        self.v_proj = Linear(hidden_dim, config.slot_dim // 2)
         self.importance_gate = Gate(config.slot_dim, 1, config.importance_bias)
-        self.importance_probe = Probe("batch token")
-        self.weight_probe = Probe("batch token slot")
-        self.input_probe = Probe("batch token")
-        self.forget_probe = Probe("batch token")
+        self.importance_point = HookPoint("writer.importance", "batch token")
+        self.weight_point = HookPoint("writer.weight", "batch token slot")
+        self.input_point = HookPoint("writer.input", "batch token")
+        self.forget_point = HookPoint("writer.forget", "batch token")
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Items:
         hidden = hidden * rearrange(mask, "b n -> b n 1")
         keys, values = self.key.key(hidden), self.v_proj(hidden)
         score = self.importance_gate(torch.cat((keys, values), -1))
         importance = F.logsigmoid(rearrange(score, "b n 1 -> b n"))
-        self.importance_probe(importance.exp())
+        self.importance_point(importance.exp)
         return Items(keys, values, importance)
 
-    @torch.no_grad()
-    def placed(self, count: Tensor, mask: Tensor, slots: int) -> None:
-        """Say where each token went: all of it to one place of the ring, where nothing else stays."""
-        number = rearrange(count, "b -> b 1") + mask.cumsum(1) - 1
-        place = F.one_hot(number.clamp(min=0) % self.short_slots, slots)
-        self.weight_probe(place * rearrange(mask, "b n -> b n 1"))
-        self.forget_probe(torch.zeros_like(self.input_probe(mask.double())))
+    def record_places(self, count: Tensor, mask: Tensor, slots: int) -> None:
+        """Record each token's ring slot: it is written there in full and nothing else stays."""
+
+        def place() -> Tensor:
+            number = rearrange(count, "b -> b 1") + mask.cumsum(1) - 1
+            one = F.one_hot(number.clamp(min=0) % self.short_slots, slots)
+            return one * rearrange(mask, "b n -> b n 1")
+
+        self.weight_point(place)
+        self.input_point(mask.double)
+        self.forget_point(lambda: torch.zeros_like(mask, dtype=torch.float64))
 
 
 def everything(state: RingState) -> tuple[Tensor, Tensor]:

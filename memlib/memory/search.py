@@ -1,7 +1,7 @@
 """Exact search: which stored items are nearest to a query. Plain torch, every score computed.
 
 On one thread this beats FAISS's flat index at the sizes of a training run (docs/diary.md); where it no
-longer does, `memlib.memory.store` has the indexes.
+longer does, `memlib.memory.external.store` has the indexes.
 """
 
 from __future__ import annotations

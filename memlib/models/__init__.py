@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memlib.models.block import StreamBlock
+from memlib.models.block import TransformerBlock
 from memlib.models.memory_block import MemoryTransformerBlock, VanillaTransformerBlock
 from memlib.models.state import MemoryState, ModelOutput
 from memlib.models.transformer import MemoryTransformer
@@ -12,6 +12,6 @@ __all__ = [
     "MemoryTransformer",
     "MemoryTransformerBlock",
     "ModelOutput",
-    "StreamBlock",
+    "TransformerBlock",
     "VanillaTransformerBlock",
 ]

@@ -1,6 +1,6 @@
-"""One transformer block: self-attention, zero or more memory reads, a fusion, a feed-forward.
+"""One transformer block: self-attention, zero or more memories, a fusion, a feed-forward.
 
-With softmax fusion (the documents' diagrams):      With residual fusion (variants A and B):
+With softmax fusion ("Architecture Diagrams"):      With residual fusion (variants A and B):
 
     h = norm(x)                                          x = x + attention(norm(x))
     H = g0 attention(h) + g1 read_1(h) + …               x = x + mlp(norm(x))             (B only)
@@ -9,37 +9,48 @@ With softmax fusion (the documents' diagrams):      With residual fusion (varian
 
 The h a memory is read with is also the h its segment is written with. A memory that takes part in the
 attention stands inside attention(h) and has no place in the fusion.
+
+`forward` is the only place where a block's parameters are used, those of its memories included: it opens,
+reads and, where the segment is complete, computes losses and writes. So a block can be sharded, compiled,
+computed again in the backward pass or put on another device as it is.
+
+Axes: b batch, n new tokens, p tokens already in the open segment, d hidden, h heads, k head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from memlib.memory.base import Memory, State
-from memlib.memory.gates import ResidualFusion, SoftmaxFusion
-from memlib.nn.attention import Mix, SelfAttention
+from memlib.memory.base import AttentionHeads, Memory, State
+from memlib.memory.layer import LayerInput, LayerMemories
+from memlib.models.fusion import ResidualFusion, SoftmaxFusion
+from memlib.nn.attention import SelfAttention, scores_logsumexp
 from memlib.nn.mlp import MLP
 from memlib.nn.norm import RMSNorm
 
 
 class BlockOutput(NamedTuple):
-    """stream [b n d]; keys, values of the window [b h p+n k]; hidden [b n d], what is written."""
+    """residual: [b n d]; keys, values of the window: [b h p+n k]; and of the block's memories: hidden
+    [b p+n d], the open segment as it will be written; states, losses: one each if it was complete."""
 
-    stream: Tensor
+    residual: Tensor
     keys: Tensor
     values: Tensor
-    hidden: Tensor
+    hidden: Tensor | None = None
+    states: Sequence[State] = ()
+    losses: Sequence[dict[str, Tensor]] = ()
 
 
-class StreamBlock(nn.Module):
-    """A block with any number of memories by name; with none it is the plain pre-norm block.
+class TransformerBlock(nn.Module):
+    """A block with any number of memories by kind; with none it is the plain pre-norm block.
 
-    stream: [b n d]; past_keys, past_values: [b h p k], mask: as `SelfAttention` takes them;
-    states: one per memory, read and never changed here.
+    residual: [b n d]; past_keys, past_values: [b h p k], mask: as `SelfAttention` takes them; memory: what
+    its memories need, None for a block without. out_scale: of the start of the maps into the residual
+    stream, 1 / sqrt(2 layers) in a model.
     """
 
     def __init__(
@@ -53,14 +64,15 @@ class StreamBlock(nn.Module):
         wo_init_zero: bool = True,
         use_rope: bool = True,
         dropout: float = 0.0,
+        out_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(hidden_dim)
-        self.attention = SelfAttention(hidden_dim, num_heads, use_rope)
-        self.memories = nn.ModuleDict(memories or {})
+        self.attention = SelfAttention(hidden_dim, num_heads, use_rope, out_scale)
+        self.memories = LayerMemories(memories)
         self.fusion: SoftmaxFusion | ResidualFusion | None = None
         self.extra_mlp: MLP | None = None
-        fused = sum(not memory.in_attention for memory in self.kinds())
+        fused = self.memories.fused
         if fused and fusion == "softmax":
             self.fusion = SoftmaxFusion(hidden_dim, fused)
         elif fused:
@@ -68,46 +80,64 @@ class StreamBlock(nn.Module):
             self.fusion = ResidualFusion(hidden_dim, fused, wo_init_zero)
             if memory_block_variant == "B":
                 self.extra_norm = RMSNorm(hidden_dim)
-                self.extra_mlp = MLP(hidden_dim, intermediate_dim)
+                self.extra_mlp = MLP(hidden_dim, intermediate_dim, 0.0 if wo_init_zero else out_scale)
         self.mlp_norm = RMSNorm(hidden_dim)
-        self.mlp = MLP(hidden_dim, intermediate_dim)
+        self.mlp = MLP(hidden_dim, intermediate_dim, out_scale)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
         self,
-        stream: Tensor,
+        residual: Tensor,
         past_keys: Tensor,
         past_values: Tensor,
         mask: Tensor | None,
-        states: Sequence[State] = (),
+        memory: LayerInput | None = None,
     ) -> BlockOutput:
-        hidden = self.attention_norm(stream)
-        mixed, keys, values = self.attention(hidden, past_keys, past_values, mask, self.mix(hidden, states))
+        states = [] if memory is None else self.memories.open(memory, residual.dtype)
+        ids = residual.new_zeros(0) if memory is None else memory.ids
+        hidden = self.attention_norm(residual)
+        mixed, keys, values = self.attend(hidden, past_keys, past_values, mask, states)
         if isinstance(self.fusion, SoftmaxFusion):
-            mixed = self.fusion(hidden, mixed, self.read(hidden, states))
-        stream = stream + self.dropout(mixed)
+            mixed = self.fusion(hidden, mixed, self.memories.read(hidden, states, ids))
+        residual = residual + self.dropout(mixed)
         if isinstance(self.fusion, ResidualFusion):
             if self.extra_mlp is not None:
-                stream = stream + self.dropout(self.extra_mlp(self.extra_norm(stream)))
-            hidden = self.memory_norm(stream)
-            stream = self.fusion(stream, self.read(hidden, states))
-        stream = stream + self.dropout(self.mlp(self.mlp_norm(stream)))
-        return BlockOutput(stream, keys, values, hidden)
+                residual = residual + self.dropout(self.extra_mlp(self.extra_norm(residual)))
+            hidden = self.memory_norm(residual)
+            residual = self.fusion(residual, self.memories.read(hidden, states, ids))
+        residual = residual + self.dropout(self.mlp(self.mlp_norm(residual)))
+        if memory is None:
+            return BlockOutput(residual, keys, values)
+        segment = torch.cat((memory.hidden.to(hidden.dtype), hidden), 1)
+        if memory.latest is None:
+            return BlockOutput(residual, keys, values, segment)
+        losses = self.memories.losses(segment, memory)
+        own = (self.attention.without_positions(keys), values) if self.memories.uses_heads else ()
+        return BlockOutput(
+            residual, keys, values, segment, self.memories.write(segment, memory, *own), losses
+        )
 
-    def read(self, hidden: Tensor, states: Sequence[State]) -> list[Tensor]:
-        """What each memory has to say to each token; hidden: [b n d] -> one [b n d] per memory."""
-        pairs = zip(self.kinds(), states, strict=True)
-        return [memory.read(hidden, state) for memory, state in pairs if not memory.in_attention]
-
-    def mix(self, hidden: Tensor, states: Sequence[State]) -> Mix | None:
-        """What brings the memories that take part in the attention into it, one after another."""
-        pairs = zip(self.kinds(), states, strict=True)
-        taking_part = [(memory, state) for memory, state in pairs if memory.in_attention]
-        return partial(mix_all, hidden, taking_part) if taking_part else None
-
-    def kinds(self) -> list[Memory]:
-        """The block's memories, in the order of their states."""
-        return cast(list[Memory], list(self.memories.values()))
+    def attend(
+        self,
+        hidden: Tensor,
+        past_keys: Tensor,
+        past_values: Tensor,
+        mask: Tensor | None,
+        states: Sequence[State],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The window's attention with the memories inside it; [b n d] -> [b n d], keys and values."""
+        if self.memories.fused == len(self.memories):
+            return self.attention(hidden, past_keys, past_values, mask)
+        own = self.attention.project(hidden)
+        attended = self.attention.attend(own, past_keys, past_values, mask)
+        heads = AttentionHeads(
+            hidden,
+            *own,
+            attended.heads,
+            lambda: scores_logsumexp(attended.queries, attended.keys, mask),
+            lambda tokens: self.attention.project(tokens)[1:],
+        )
+        return self.attention.output(self.memories.mix(heads, states)), attended.keys, attended.values
 
     def close_memory(self) -> None:
         """Shut every memory out (law L5), and B's extra MLP: the block is then exactly the plain one."""
@@ -115,18 +145,4 @@ class StreamBlock(nn.Module):
             self.fusion.close()
         if self.extra_mlp is not None:
             nn.init.zeros_(self.extra_mlp.down_proj.weight)
-        for memory in self.kinds():
-            if memory.in_attention:
-                memory.close()
-
-
-def mix_all(
-    hidden: Tensor,
-    memories: Sequence[tuple[Memory, State]],
-    attended: Tensor,
-    logsumexp: Callable[[], Tensor],
-) -> Tensor:
-    """attended [b h n k] with the share of each memory in it."""
-    for memory, state in memories:
-        attended = memory.mix(hidden, attended, logsumexp, state)
-    return attended
+        self.memories.close()

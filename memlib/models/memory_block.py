@@ -5,14 +5,14 @@
                   x = x + mlp(norm(x))
 
 It takes a text in one window and keeps nothing. The model's own block, with states, open windows and any
-number of memories, is `memlib.models.block.StreamBlock`; it has the same parts in the same order.
+number of memories, is `memlib.models.block.TransformerBlock`; it has the same parts in the same order.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from memlib.memory.attention import MemoryCrossAttention
+from memlib.memory.chapters.attention import MemoryCrossAttention
 from memlib.nn.attention import SelfAttention, window_mask
 from memlib.nn.mlp import MLP
 from memlib.nn.norm import RMSNorm

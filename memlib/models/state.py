@@ -6,26 +6,29 @@ open segment, d hidden, h heads, k head width, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
+import torch
 from torch import Tensor
 
-from memlib.memory.base import State
+from memlib.memory.state import State, axes
 
 
 @dataclass(frozen=True)
 class Window(State):
     """The open segment: p < n tokens that have been read and not yet written.
 
-    keys, values: per layer [b h p k]; hidden: per memory layer [b p d]; mask: [b p], false for padding.
+    keys, values: per layer [b h p k]; hidden: per memory layer [b p d]; mask: [b p], false for padding;
+    ids: [b p].
     """
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    hidden: tuple[Tensor, ...]
-    mask: Tensor
+    keys: tuple[Tensor, ...] = axes("batch head token feature")
+    values: tuple[Tensor, ...] = axes("batch head token feature")
+    hidden: tuple[Tensor, ...] = axes("batch token feature")
+    mask: Tensor = axes("batch token")
+    ids: Tensor = axes("batch token")
 
     @property
     def length(self) -> int:
@@ -42,10 +45,20 @@ class Window(State):
 
 @dataclass(frozen=True)
 class MemoryState(State):
-    """All that a model remembers of its streams: the banks' states and the open window."""
+    """All that a model remembers of its streams: its memories' states and the open window."""
 
-    banks: tuple[State, ...]
+    memories: tuple[State, ...]
     window: Window
+
+    def load(self, tensors: Mapping[str, Tensor]) -> Self:
+        """`State.load`; also takes the names that version 0.1 wrote: `banks` for `memories`, no ids."""
+        named = {
+            "memories." + name.removeprefix("banks.") if name.startswith("banks.") else name: tensor
+            for name, tensor in tensors.items()
+        }
+        if "window.mask" in named and "window.ids" not in named:
+            named["window.ids"] = torch.zeros_like(named["window.mask"], dtype=torch.int64)
+        return super().load(named)
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,21 @@
 """The one model: a transformer that reads a stream segment by segment and carries memory between them.
 
-Axes: b batch (independent streams), t tokens of a call, n tokens of a segment, p tokens already in the
-open segment, d hidden, h heads, k head width, v vocabulary.
+Axes: b batch (independent streams), t tokens of a call, n tokens of a step, p tokens already in the open
+segment, d hidden, h heads, k head width, v vocabulary.
 
 The stream is cut into segments of `segment_length` tokens, the attention window. In a segment every
 layer attends inside the window and reads its memories as earlier segments left them; when the segment
 is complete, every memory layer writes it, in layer order. A call may end inside a segment: the open
 window then travels in the memory state, so that a stream can be fed whole, in pieces or token by token
 with the same logits and the same state (law L4), and generation needs no other cache.
+
+`forward` checks what it is given and walks the segments; `step` reads at most up to the end of one and is
+the graph that can be compiled or exported. The layers' bookkeeping is `memlib.models.stack`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -23,118 +27,100 @@ from torch.utils.checkpoint import checkpoint
 
 from memlib.config import Config, get_memory_bank_assignments, get_memory_kinds
 from memlib.memory import MEMORIES
-from memlib.memory.base import Memory, State
-from memlib.memory.gates import Gate
-from memlib.models.block import StreamBlock
+from memlib.memory.base import zeros
+from memlib.memory.layer import LayerInput
+from memlib.models.block import BlockOutput, TransformerBlock
+from memlib.models.stack import MemoryStack
 from memlib.models.state import MemoryState, ModelOutput, Window
 from memlib.nn.attention import window_mask
+from memlib.nn.linear import Embedding, Linear, initialise
 from memlib.nn.norm import RMSNorm
+
+Losses = list[dict[str, Tensor]]
 
 
 class MemoryTransformer(nn.Module):
-    """Baseline, LM2 and every later memory architecture: configs of this one model (spec D8).
+    """Baseline, LM2 and every later memory architecture: configs of this one model.
 
     >>> outputs = model(input_ids, memory_state=state)       # state=None starts new streams
     >>> state = outputs.memory_state                         # goes into the next call
+
+    Random starts: linear maps normal with deviation in_features^-0.5, those into the residual stream the
+    same / sqrt(2 layers), embedding and output layer hidden_dim^-0.5; gates, slots and addresses as their
+    modules say. Built on the meta device, a model gets them by `initialise` after `to_empty`.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         model, memory = config.model, config.memory
-        self.bank_of_layer = get_memory_bank_assignments(config)
-        kinds_of_layer = get_memory_kinds(config)
-        self.embedding = nn.Embedding(model.vocab_size, model.hidden_dim)
+        kinds = get_memory_kinds(config)
+        self.embedding = Embedding(model.vocab_size, model.hidden_dim)
         self.blocks = nn.ModuleList(
-            StreamBlock(
+            TransformerBlock(
                 model.hidden_dim,
                 model.num_heads,
                 model.intermediate_dim,
                 memories={
                     kind: MEMORIES[kind](getattr(memory, kind), model.hidden_dim)
-                    for kind in kinds_of_layer.get(layer, ())
+                    for kind in kinds.get(layer, ())
                 },
                 fusion=memory.fusion,
                 memory_block_variant=memory.memory_block_variant,
                 wo_init_zero=memory.wo_init_zero,
                 use_rope=model.use_rope,
                 dropout=model.dropout,
+                out_scale=(2 * model.num_layers) ** -0.5,
             )
             for layer in range(model.num_layers)
         )
-        self.places = state_places(kinds_of_layer, self.bank_of_layer)
-        self.share_banks(kinds_of_layer)
+        layers = {layer: self.block(layer).memories for layer in range(model.num_layers)}
+        self.stack = MemoryStack(layers, get_memory_bank_assignments(config))
         self.norm = RMSNorm(model.hidden_dim)
-        self.head = nn.Linear(model.hidden_dim, model.vocab_size, bias=False)
-        self.init_weights()
+        self.head = Linear(model.hidden_dim, model.vocab_size)
+        initialise(self)
         if model.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def share_banks(self, kinds: dict[int, list[str]]) -> None:
-        """Layers of one bank share what their memories learn together (`Memory.share`)."""
-        first: dict[tuple[int, str], Memory] = {}
-        for layer, here in kinds.items():
-            for kind, memory in zip(here, self.block(layer).kinds(), strict=True):
-                memory.share(first.setdefault((self.bank_of_layer[layer], kind), memory))
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """All random starts in one place.
-
-        | what                             | start                                     |
-        | linear maps                      | normal, std = in_features^-0.5            |
-        | maps into the residual stream    | the same / sqrt(2 layers)                 |
-        | embedding and output layer       | normal, std = hidden_dim^-0.5             |
-        | gates                            | zero weight, their configured bias        |
-        | residual fusion's W_o and B's MLP | zero where wo_init_zero                  |
-        | slots, addresses, convolutions   | as their modules say                      |
-        """
-        depth = (2 * self.config.model.num_layers) ** -0.5
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and not isinstance(module, Gate) and "fusion" not in name:
-                std = module.in_features**-0.5
-                into_stream = name.endswith(("attention.o_proj", "mlp.down_proj"))
-                module.weight.normal_(0.0, std * depth if into_stream else std)
-            elif isinstance(module, nn.Embedding):
-                module.weight.normal_(0.0, module.embedding_dim**-0.5)
-        for layer in range(self.config.model.num_layers):
-            extra = self.block(layer).extra_mlp
-            if extra is not None and self.config.memory.wo_init_zero:
-                extra.down_proj.weight.zero_()
-
-    def block(self, layer: int) -> StreamBlock:
+    def block(self, layer: int) -> TransformerBlock:
         """The block of a layer."""
-        return cast(StreamBlock, self.blocks[layer])
+        return cast(TransformerBlock, self.blocks[layer])
+
+    @property
+    def segment_length(self) -> int:
+        """Tokens of a segment."""
+        return self.config.model.segment_length
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids and states belong."""
+        return self.embedding.weight.device
 
     # -------------------------------------------------------------------------------------- the state
 
     def init_state(self, batch_size: int) -> MemoryState:
         """The state of streams that have seen nothing."""
+        return MemoryState(self.stack.init_state(batch_size), self.init_window(batch_size))
+
+    def init_window(self, batch_size: int) -> Window:
+        """A window without tokens."""
         model = self.config.model
-        weight = self.embedding.weight
-        shape = (batch_size, model.num_heads, 0, model.hidden_dim // model.num_heads)
-        banks: dict[int, State] = {}
-        for layer, places in self.places.items():
-            for place, memory in zip(places, self.block(layer).kinds(), strict=True):
-                if place not in banks:
-                    banks[place] = memory.init_state(batch_size)
-        return MemoryState(
-            banks=tuple(banks[place] for place in sorted(banks)),
-            window=Window(
-                keys=tuple(weight.new_zeros(shape) for _ in self.blocks),
-                values=tuple(weight.new_zeros(shape) for _ in self.blocks),
-                hidden=tuple(weight.new_zeros(batch_size, 0, model.hidden_dim) for _ in self.bank_of_layer),
-                mask=torch.zeros(batch_size, 0, dtype=torch.bool, device=weight.device),
-            ),
+        none = partial(zeros, self.embedding, batch_size)
+        heads = (model.num_heads, 0, model.hidden_dim // model.num_heads)
+        return Window(
+            keys=tuple(none(*heads) for _ in self.blocks),
+            values=tuple(none(*heads) for _ in self.blocks),
+            hidden=tuple(none(0, model.hidden_dim) for _ in self.stack.layers),
+            mask=none(0, dtype=torch.bool),
+            ids=none(0, dtype=torch.int64),
         )
 
     def reset(self, state: MemoryState, rows: Tensor) -> MemoryState:
         """Forget everything of some rows (a new document, a new user); rows: [b] true = forget."""
-        fresh = self.init_state(state.window.mask.shape[0])
-        window = state.window
+        fresh = self.stack.init_state(state.window.mask.shape[0])
         return MemoryState(
-            banks=tuple(old.where(~rows, new) for old, new in zip(state.banks, fresh.banks, strict=True)),
-            window=window.where(~rows, window.map(torch.zeros_like)),
+            memories=tuple(old.where(~rows, new) for old, new in zip(state.memories, fresh, strict=True)),
+            window=state.window.where(~rows, state.window.map(torch.zeros_like)),
         )
 
     # ------------------------------------------------------------------------------------ the forward
@@ -155,85 +141,70 @@ class MemoryTransformer(nn.Module):
         state = memory_state or self.init_state(input_ids.shape[0])
         mask = None if attention_mask is None else attention_mask.bool()
         logits, start = [], 0
-        auxiliary: list[dict[str, Tensor]] = []
+        losses: Losses = []
         while start < input_ids.shape[1]:
-            stop = start + self.config.model.segment_length - state.window.length
-            piece = slice(start, min(stop, input_ids.shape[1]))
-            stream, state, losses = self.advance(
-                input_ids[:, piece], None if mask is None else mask[:, piece], state
-            )
-            auxiliary += losses
-            logits.append(self.head(self.norm(stream)))
-            start = piece.stop
+            stop = min(start + self.segment_length - state.window.length, input_ids.shape[1])
+            part = slice(start, stop)
+            new, state, more = self.step(input_ids[:, part], None if mask is None else mask[:, part], state)
+            losses += more
+            logits.append(new)
+            start = stop
         joined = torch.cat(logits, 1)
         loss = None
         if labels is not None:
             predicted = rearrange(joined[:, :-1], "b t v -> (b t) v")
             loss = F.cross_entropy(predicted, rearrange(labels[:, 1:], "b t -> (b t)"))
-        return ModelOutput(joined, state, loss, mean_by_name(auxiliary))
+        return ModelOutput(joined, state, loss, mean_by_name(losses))
 
-    def advance(
+    def step(
         self, ids: Tensor, mask: Tensor | None, state: MemoryState
-    ) -> tuple[Tensor, MemoryState, list[dict[str, Tensor]]]:
-        """Read up to the end of the open segment, and write it if that completes it.
+    ) -> tuple[Tensor, MemoryState, Losses]:
+        """Read tokens up to the end of the open segment, and write it if they complete it.
 
-        ids: [b m] -> the residual stream [b m d], the state after it, and its memories' losses if complete.
+        ids: [b n]; mask: [b n] of booleans, None if all tokens are real -> logits [b n v], the state after
+        them, and the memories' losses if complete. Nothing here depends on a tensor's values: it can be
+        compiled and exported. Inputs are not checked.
         """
-        past, whole = state.window, mask is None and not state.window.length
+        past, n = state.window, ids.shape[1]
+        all_real = mask is None and not past.length
         new = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-        valid = torch.cat((past.mask, new), 1)
-        allowed = window_mask(ids.shape[1], None if whole else valid, past.length, ids.device)
-        stream = self.embedding(ids)
-        again = self.training and self.config.training.gradient_checkpointing
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        hidden: list[Tensor] = []
+        valid, window_ids = torch.cat((past.mask, new), 1), torch.cat((past.ids, ids), 1)
+        allowed = window_mask(n, None if all_real else valid, past.length, ids.device)
+        complete = past.length + n == self.segment_length
+        has_tokens = None if all_real else valid.any(1)
+        residual, latest = self.embedding(ids), list(state.memories)
+        outputs: list[BlockOutput] = []
         for layer, block in enumerate(self.blocks):
-            states = self.opened(layer, state.banks, past.hidden[len(hidden) :], valid)
-            read = partial(checkpoint, block, use_reentrant=False) if again else block
-            output = read(stream, past.keys[layer], past.values[layer], allowed, states)
-            stream = output.stream
-            keys.append(output.keys)
-            values.append(output.values)
-            if layer in self.bank_of_layer:
-                hidden.append(torch.cat((past.hidden[len(hidden)], output.hidden), 1))
-        window = Window(tuple(keys), tuple(values), tuple(hidden), valid)
-        if window.length < self.config.model.segment_length:
-            return stream, MemoryState(state.banks, window), []
-        losses = self.losses(window.hidden, state.banks, valid)
-        banks = self.write(window.hidden, state.banks, valid)
-        return stream, MemoryState(banks, window.emptied()), losses
-
-    def opened(
-        self, layer: int, banks: tuple[State, ...], past: tuple[Tensor, ...], mask: Tensor
-    ) -> list[State]:
-        """The states a layer reads, none without memory; past: the open segment's hidden [b p d] of this
-        memory layer and those after it; mask: [b p+n]."""
-        pairs = zip(self.places.get(layer, ()), self.block(layer).kinds(), strict=True)
-        return [memory.opened(banks[place], past[0], mask) for place, memory in pairs]
-
-    def losses(
-        self, hidden: tuple[Tensor, ...], banks: tuple[State, ...], mask: Tensor
-    ) -> list[dict[str, Tensor]]:
-        """What each memory adds to the loss for a finished segment; hidden: per memory layer [b n d]."""
-        return [
-            memory.losses(segment, banks[place], mask)
-            for segment, layer in zip(hidden, self.bank_of_layer, strict=True)
-            for place, memory in zip(self.places[layer], self.block(layer).kinds(), strict=True)
-        ]
-
-    def write(self, hidden: tuple[Tensor, ...], banks: tuple[State, ...], mask: Tensor) -> tuple[State, ...]:
-        """Every memory layer writes the finished segment, in layer order; hidden: per layer [b n d].
-
-        Rows whose segment was all padding keep their state as it was.
-        """
-        states, awake = list(banks), mask.any(1)
-        all_awake = bool(awake.all())  # the usual case: spares a copy of every state
-        for segment, layer in zip(hidden, self.bank_of_layer, strict=True):
-            for i, memory in zip(self.places[layer], self.block(layer).kinds(), strict=True):
-                written = memory.write(segment, states[i], mask)
-                states[i] = written if all_awake else written.where(awake, states[i])
-        return tuple(states)
+            inputs = None
+            if layer in self.stack.layers:
+                inputs = LayerInput(
+                    states=self.stack.at(layer, state.memories),
+                    hidden=past.hidden[sum(output.hidden is not None for output in outputs)],
+                    mask=valid,
+                    ids=window_ids,
+                    latest=self.stack.at(layer, latest) if complete else None,
+                    has_tokens=has_tokens,
+                )
+            read: Callable[..., BlockOutput] = block
+            if self.training and self.config.training.gradient_checkpointing:
+                read = partial(checkpoint, block, use_reentrant=False)
+            output = read(residual, past.keys[layer], past.values[layer], allowed, inputs)
+            if inputs is not None and complete:
+                self.stack.put(layer, latest, output.states)
+            residual = output.residual
+            outputs.append(output)
+        window = Window(
+            tuple(output.keys for output in outputs),
+            tuple(output.values for output in outputs),
+            tuple(output.hidden for output in outputs if output.hidden is not None),
+            valid,
+            window_ids,
+        )
+        if complete:
+            window = window.emptied()
+        window = window.cast(torch.promote_types(residual.dtype, torch.float32))
+        losses = [loss for output in outputs for loss in output.losses]
+        return self.head(self.norm(residual)), MemoryState(tuple(latest), window), losses
 
     def close_memory(self) -> None:
         """Shut every memory out (law L5): from here on exactly the plain transformer."""
@@ -247,7 +218,10 @@ class MemoryTransformer(nn.Module):
         labels: Tensor | None,
         memory_state: MemoryState | None,
     ) -> None:
-        """Refuse what does not fit, with the value, the limit and the remedy."""
+        """Refuse what does not fit, with the value, the limit and the remedy.
+
+        Looks at the ids' values, hence not while a graph is compiled.
+        """
         if input_ids.ndim != 2 or not input_ids.numel():
             raise ValueError(
                 f"input_ids has shape {tuple(input_ids.shape)}: expected [batch, tokens], not empty"
@@ -257,43 +231,58 @@ class MemoryTransformer(nn.Module):
                 raise ValueError(
                     f"{name} has shape {tuple(tensor.shape)}: expected input_ids' {tuple(input_ids.shape)}"
                 )
-        vocab, low, high = self.config.model.vocab_size, int(input_ids.min()), int(input_ids.max())
-        if low < 0 or high >= vocab:
-            raise ValueError(
-                f"input_ids holds {low if low < 0 else high}: ids are 0 … {vocab - 1}; "
-                "tokenise with the model's own vocabulary or raise model.vocab_size"
-            )
-        if memory_state is None:
-            return
-        layers, window = len(self.bank_of_layer), memory_state.window
-        if len(window.keys) != len(self.blocks) or len(window.hidden) != layers:
+        if not torch.compiler.is_compiling():
+            vocab, low, high = self.config.model.vocab_size, int(input_ids.min()), int(input_ids.max())
+            if low < 0 or high >= vocab:
+                raise ValueError(
+                    f"input_ids holds {low if low < 0 else high}: ids are 0 … {vocab - 1}; "
+                    "tokenise with the model's own vocabulary or raise model.vocab_size"
+                )
+        if memory_state is not None:
+            self.check_state(memory_state, input_ids.shape[0])
+
+    def check_state(self, state: MemoryState, rows: int) -> None:
+        """Raise ValueError unless a state is one of this model's, for that many rows."""
+        if not isinstance(state, MemoryState):
+            raise ValueError(f"memory_state is a {type(state).__name__}: expected a MemoryState or None")
+        window = state.window
+        if len(window.keys) != len(self.blocks) or len(window.hidden) != len(self.stack.layers):
             raise ValueError(
                 f"memory_state is of a model with {len(window.keys)} layers, {len(window.hidden)} of them "
-                f"with memory; this one has {len(self.blocks)} and {layers}: start from None"
+                f"with memory; this one has {len(self.blocks)} and {len(self.stack.layers)}: start from None"
             )
-        if window.mask.shape[0] != input_ids.shape[0]:
+        if window.mask.shape[0] != rows:
             raise ValueError(
                 f"memory_state holds {window.mask.shape[0]} streams, input_ids "
-                f"{input_ids.shape[0]}: pick rows with memory_state.rows(index) or start from None"
+                f"{rows}: pick rows with memory_state.rows(index) or start from None"
             )
+        if window.length >= self.segment_length:
+            raise ValueError(
+                f"memory_state.window.mask has shape {list(window.mask.shape)}: a segment of this model has "
+                f"{self.segment_length} tokens, at most {self.segment_length - 1} of them open; the state is "
+                "of a model with longer segments, start from None"
+            )
+        self.init_window(1).layout.check(window, "memory_state.window")
+        for name, tensor, labels in window.labelled_tensors("memory_state.window."):
+            if (tokens := tensor.shape[labels.index("token")]) != window.length:
+                raise ValueError(
+                    f"{name} has {tokens} tokens, the window's mask {window.length}: the state is damaged"
+                )
+        self.stack.check(state.memories, "memory_state.memories")
+        wide = torch.promote_types(self.embedding.weight.dtype, torch.float32)
+        for name, tensor in state.named_tensors("memory_state."):
+            if tensor.shape[0] != rows:
+                raise ValueError(
+                    f"{name} has shape {list(tensor.shape)}: the state's other tensors have {rows} rows"
+                )
+            if tensor.is_floating_point() and tensor.dtype != wide:
+                raise ValueError(
+                    f"{name} is {tensor.dtype}: this model keeps its state in {wide}; "
+                    f"use memory_state.cast({wide})"
+                )
 
 
-def state_places(kinds: dict[int, list[str]], banks: dict[int, int]) -> dict[int, list[int]]:
-    """Memory layer -> where in `MemoryState.banks` each of its memories has its state.
-
-    Memories of one kind in layers of one bank share a state, if their kind shares states.
-    """
-    numbers: dict[tuple[int, str], int] = {}
-
-    def place(layer: int, kind: str) -> int:
-        # A layer that keeps its state to itself counts as a bank of its own, below zero.
-        owner = banks[layer] if MEMORIES[kind].shares_state else -1 - layer
-        return numbers.setdefault((owner, kind), len(numbers))
-
-    return {layer: [place(layer, kind) for kind in here] for layer, here in kinds.items()}
-
-
-def mean_by_name(losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def mean_by_name(losses: Losses) -> dict[str, Tensor]:
     """The mean of each name's values over all that have it."""
     names = dict.fromkeys(name for some in losses for name in some)
     return {name: torch.stack([some[name] for some in losses if name in some]).mean() for name in names}

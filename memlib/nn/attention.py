@@ -1,24 +1,27 @@
-"""Causal self-attention inside one window."""
+"""Causal self-attention inside one window.
+
+Axes: b batch, n new tokens, p tokens of the window that came in earlier calls, m = p + n, d hidden,
+h heads, k head width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memlib.nn.linear import Linear
 from memlib.nn.rotary import RotaryPositionalEmbedding
-
-Mix = Callable[[Tensor, Callable[[], Tensor]], Tensor]
 
 
 def window_mask(n: int, valid: Tensor | None, past: int, device: torch.device) -> Tensor | None:
     """Which of the window's past + n keys each of its last n tokens may attend to.
 
     valid: [b past+n] true for real tokens, or None where all are. Returns [b 1 n past+n] or
-    [n past+n], true = may; or None where plain causal attention says it all. A token may always see
+    [n past+n], true = may; or None where plain causal attention is meant. A token may always see
     itself, so that a padded row has a defined (and unused) output.
     """
     if past == 0 and valid is None:
@@ -28,7 +31,25 @@ def window_mask(n: int, valid: Tensor | None, past: int, device: torch.device) -
     if valid is None:
         return causal
     itself = position == rearrange(position[past:], "n -> n 1")
-    return causal & (rearrange(valid, "b p -> b 1 1 p") | itself)
+    return causal & (rearrange(valid, "b m -> b 1 1 m") | itself)
+
+
+class Heads(NamedTuple):
+    """queries, keys, values: [b h n k] of the new tokens, without positions."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class Attended(NamedTuple):
+    """heads: [b h n k], before W_o; queries: [b h n k] and the window's keys, values: [b h m k], with
+    positions."""
+
+    heads: Tensor
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
 
 
 class SelfAttention(nn.Module):
@@ -38,41 +59,55 @@ class SelfAttention(nn.Module):
     same window that came in earlier calls (p may be 0); mask: from `window_mask`.
     Returns the output [b n d] and the window's keys and values [b h p+n k].
 
-    `mix` may bring something else into the heads before W_o: it gets their output [b h n k] and a
-    function that gives the log-sum-exp of their scores [b h n].
-    Source: Vaswani et al. 2017, arXiv 1706.03762.
+    A block with memories inside its attention takes the three steps one by one: `project`, `attend`,
+    `o_proj`. out_scale: of W_o's start, 1 / sqrt(2 layers) in a model. Raises ValueError unless num_heads
+    divides hidden_dim. Source: Vaswani et al. 2017, arXiv 1706.03762.
     """
 
-    def __init__(self, hidden_dim: int, num_heads: int, use_rope: bool = True) -> None:
+    def __init__(
+        self, hidden_dim: int, num_heads: int, use_rope: bool = True, out_scale: float = 1.0
+    ) -> None:
         super().__init__()
         if hidden_dim % num_heads:
             raise ValueError(f"num_heads = {num_heads}: must divide hidden_dim = {hidden_dim}")
         self.num_heads = num_heads
-        self.q_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
-        self.o_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.q_proj = Linear(hidden_dim, hidden_dim)
+        self.k_proj = Linear(hidden_dim, hidden_dim)
+        self.v_proj = Linear(hidden_dim, hidden_dim)
+        self.o_proj = Linear(hidden_dim, hidden_dim, scale=out_scale)
         self.rotary = RotaryPositionalEmbedding(hidden_dim // num_heads) if use_rope else None
 
     def forward(
-        self,
-        hidden: Tensor,
-        past_keys: Tensor,
-        past_values: Tensor,
-        mask: Tensor | None,
-        mix: Mix | None = None,
+        self, hidden: Tensor, past_keys: Tensor, past_values: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        def heads(projected: Tensor) -> Tensor:
-            return rearrange(projected, "b n (h k) -> b h n k", h=self.num_heads)
+        attended = self.attend(self.project(hidden), past_keys, past_values, mask)
+        return self.output(attended.heads), attended.keys, attended.values
 
-        q, k, v = (heads(p(hidden)) for p in (self.q_proj, self.k_proj, self.v_proj))
+    def project(self, hidden: Tensor) -> Heads:
+        """[b n d] -> queries, keys and values by head."""
+        return Heads(
+            *(
+                rearrange(proj(hidden), "b n (h k) -> b h n k", h=self.num_heads)
+                for proj in (self.q_proj, self.k_proj, self.v_proj)
+            )
+        )
+
+    def attend(self, heads: Heads, past_keys: Tensor, past_values: Tensor, mask: Tensor | None) -> Attended:
+        """Attention over the window, before W_o."""
+        q, k, v = heads
         if self.rotary is not None:
             q, k = self.rotary(torch.cat((q, k)), past_keys.shape[-2]).chunk(2)
-        keys, values = torch.cat((past_keys, k), -2), torch.cat((past_values, v), -2)
+        keys, values = torch.cat((past_keys.to(k.dtype), k), -2), torch.cat((past_values.to(v.dtype), v), -2)
         mixed = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=mask is None)
-        if mix is not None:
-            mixed = mix(mixed, lambda: scores_logsumexp(q, keys, mask))
-        return self.o_proj(rearrange(mixed, "b h n k -> b n (h k)")), keys, values
+        return Attended(mixed, q, keys, values)
+
+    def output(self, heads: Tensor) -> Tensor:
+        """W_o of the heads' attention: [b h n k] -> [b n d]."""
+        return self.o_proj(rearrange(heads, "b h n k -> b n (h k)"))
+
+    def without_positions(self, keys: Tensor) -> Tensor:
+        """The window's keys as `project` made them: [b h m k], the first at position 0."""
+        return keys if self.rotary is None else self.rotary(keys, inverse=True)
 
 
 def scores_logsumexp(q: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:

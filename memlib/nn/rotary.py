@@ -1,4 +1,7 @@
-"""Rotary position embedding."""
+"""Rotary position embedding.
+
+Axes: b batch, h heads, n tokens, k head width.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ class RotaryPositionalEmbedding(nn.Module):
     with feature i + k/2. Scores then depend on distances only, which is what lets a padded or a
     restarted row share the batch's position counter.
 
-    heads: [b h n k] at positions first … first + n - 1 -> [b h n k].
+    heads: [b h n k] at positions first … first + n - 1 -> [b h n k]; inverse: rotate back.
     Source: Su et al. 2021, arXiv 2104.09864.
     """
 
@@ -24,13 +27,18 @@ class RotaryPositionalEmbedding(nn.Module):
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"head_dim = {head_dim}: rotary positions need an even head width")
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        self.register_buffer("frequency", base**-exponent, persistent=False)
+        self.head_dim, self.base = head_dim, base
+        self.register_buffer("frequency", torch.empty(head_dim // 2), persistent=False)
+        self.reset_parameters()
 
-    def forward(self, heads: Tensor, first: int = 0) -> Tensor:
+    def reset_parameters(self) -> None:
+        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
+        self.frequency.copy_(self.base**-exponent)
+
+    def forward(self, heads: Tensor, first: int = 0, inverse: bool = False) -> Tensor:
         n = heads.shape[-2]
         position = torch.arange(first, first + n, device=heads.device, dtype=self.frequency.dtype)
-        angle = torch.outer(position, self.frequency)
+        angle = torch.outer(position, -self.frequency if inverse else self.frequency)
         cos, sin = angle.cos().to(heads.dtype), angle.sin().to(heads.dtype)
         low, high = rearrange(heads, "b h n (two k) -> two b h n k", two=2)
         turned = torch.stack((low * cos - high * sin, low * sin + high * cos))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memlib.memory.base import State
-from memlib.memory.quantization import pack_memory_banks
+from memlib.memory.chapters.quantization import pack_memory_banks
 
 
 class CheckpointError(RuntimeError):
@@ -143,8 +143,13 @@ def flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], list[dic
 def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
     """The inverse of `flatten_optimizer`."""
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
+        if key != "step" and not tensor.ndim and int(index) < len(parameters):
+            tensor = tensor.reshape(
+                parameters[int(index)].shape
+            )  # version 0.1 had parameters without an axis
         state.setdefault(int(index), {})[key] = tensor
     try:
         optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -12,7 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from memlib.config import TrainingConfig
 from memlib.memory.base import Memory
-from memlib.memory.gates import Gate, HeadGate, ResidualFusion
+from memlib.memory.gates import Gate, HeadGate
+from memlib.models.fusion import ResidualFusion
 
 
 def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:

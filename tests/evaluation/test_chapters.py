@@ -11,8 +11,8 @@ from memlib.evaluation.chapters import (
     mutual_information,
     topics_and_chapters,
 )
+from memlib.experiments.studies import lean
 from memlib.tasks import make_task
-from memlib.training.studies import lean
 
 CONFIG = load_config("topics_routed")
 

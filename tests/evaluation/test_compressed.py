@@ -6,8 +6,8 @@ import torch
 from memlib import MemoryTransformer, load_config
 from memlib.evaluation import evaluate
 from memlib.evaluation.compressed import bytes_against_accuracy, compress, low_rank
-from memlib.memory.banks import FactorizedMemoryBank, StandardMemoryBank
-from memlib.memory.quantization import QuantizedMemoryBank
+from memlib.memory.chapters.banks import FactorizedMemoryBank, StandardMemoryBank
+from memlib.memory.chapters.quantization import QuantizedMemoryBank
 from memlib.tasks import make_task
 
 

@@ -98,7 +98,7 @@ def test_the_stored_hybrids_need_both_parts_and_search_where_the_oracle_does():
 
 
 def test_the_hybrid_beats_each_of_its_parts():
-    from memlib.training.comparison import read_json
+    from memlib.experiments.comparison import read_json
 
     results = read_json(RESULTS / "mixed.json")
 

@@ -4,7 +4,7 @@ import pytest
 
 from memlib.config import Config, override
 from memlib.evaluation.retrieval import INDEXES, index_table, measure_index, measure_task, task_table
-from memlib.memory.shelves import TensorShelf
+from memlib.memory.external.backends import StateBackend
 from memlib.models import MemoryTransformer
 from memlib.models.stores import external_memories
 from memlib.tasks import make_task
@@ -32,5 +32,7 @@ def test_a_model_is_measured_with_its_state_and_with_stores():
     results = measure_task(model, make_task(config.task, 16), ["torch", "hnsw"], examples=16)
     assert [r.index for r in results] == ["state", "torch", "hnsw"]
     assert len({r.accuracy for r in results}) == 1  # 64 rows are fewer than a block: all exact
-    assert all(isinstance(m.shelf, TensorShelf) for group in external_memories(model).values() for m in group)
+    assert all(
+        isinstance(m.backend, StateBackend) for group in external_memories(model).values() for m in group
+    )
     assert [row[0] for row in task_table(results)[1]] == ["state", "torch", "hnsw"]

@@ -70,8 +70,8 @@ def test_users_answered_in_one_call_are_as_if_alone(kind, config):
 class OneForAll(Sessions):
     """The mutant: one memory behind all users."""
 
-    def opened(self, prompts):
-        users, ids, known = super().opened(prompts)
+    def prepared(self, prompts):
+        users, ids, known = super().prepared(prompts)
         if self.sessions:
             known = [list(self.sessions.values())[-1] for _ in users]
         return users, ids, known
@@ -157,7 +157,7 @@ def test_forgetting_drops_what_a_store_holds():
 
     def live(place, *users):
         """Rows a store holds of these users: all that were filed, up to the capacity."""
-        filed = (int(sessions.sessions[user].state.banks[place].cursor) for user in users)
+        filed = (int(sessions.sessions[user].state.memories[place].cursor) for user in users)
         return sum(min(count, model.config.memory.external.capacity) for count in filed)
 
     assert [len(store) for store in stores.values()] == [live(place, *SCRIPT) for place in stores]
@@ -177,7 +177,7 @@ def test_forgetting_drops_what_a_failed_call_filed(call):
 
     def fail(module, inputs):
         passes.append(inputs)
-        if len(passes) == 4:
+        if len(passes) == 3:
             raise RuntimeError("out of memory")
 
     for user in ("ann", "bob"):

@@ -12,7 +12,7 @@ import torch
 from memlib import MemoryTransformer, override, record
 from memlib.config import Config
 from memlib.lab.trace import LabelledArray, Trace, TraceError
-from memlib.nn.probe import Probe
+from memlib.nn.hook_point import HookPoint
 
 SIZES = {
     "model.hidden_dim": 16,
@@ -58,7 +58,7 @@ def test_axes_and_sizes():
 def test_every_probe_is_recorded_under_its_own_axes(write):
     model = small_model(**{"memory.internal.write": write})
     trace, _, _ = record_stream(model)
-    probes = [m for m in model.modules() if isinstance(m, Probe)]
+    probes = [m for m in model.modules() if isinstance(m, HookPoint)]
     assert len(trace.points) - 1 == len(probes) / 2
     for array in trace.points.values():
         assert array.values.ndim == len(array.axes)

@@ -357,7 +357,7 @@ def padding(make: Make) -> None:
     asleep = torch.ones(BATCH, SEGMENT, dtype=torch.int64)
     asleep[1] = 0
     _, state = feed(model, tokens[:, SEGMENT : 2 * SEGMENT], None, asleep, state_right)
-    for mine, theirs in zip(state.banks, state_right.banks, strict=True):
+    for mine, theirs in zip(state.memories, state_right.memories, strict=True):
         index = torch.tensor([1])
         same_state(law, "memory after a segment of padding", mine.rows(index), theirs.rows(index), EXACT)
 

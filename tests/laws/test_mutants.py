@@ -12,8 +12,9 @@ from einops import einsum, rearrange, reduce, repeat
 from torch import nn
 
 from memlib.config import InternalMemoryConfig
-from memlib.memory import MEMORIES, InternalMemory, State
+from memlib.memory import MEMORIES, InternalMemory, State, axes
 from memlib.memory.internal import SlotState
+from memlib.memory.layer import LayerMemories
 from memlib.models import MemoryState, MemoryTransformer
 from memlib.models import transformer as transformer_module
 from memlib.tasks.scoring import correct, scored_cross_entropy
@@ -197,7 +198,7 @@ class ForgetsTheWindowOnly(MemoryTransformer):
     """A reset that leaves what was written."""
 
     def reset(self, state, rows):
-        return replace(super().reset(state, rows), banks=state.banks)
+        return replace(super().reset(state, rows), memories=state.memories)
 
 
 class ForgetsEverybody(MemoryTransformer):
@@ -227,8 +228,12 @@ class WritesAtEveryCall(MemoryTransformer):
         state = output.memory_state
         if not state.window.length:
             return output
-        banks = self.write(state.window.hidden, state.banks, state.window.mask)
-        return replace(output, memory_state=replace(state, banks=banks))
+        memories, window = list(state.memories), state.window
+        for hidden, layer in zip(window.hidden, self.stack.layers, strict=True):
+            (slot,) = self.stack.slots[layer]
+            (memory,) = self.stack.layers[layer].memory_list
+            memories[slot] = memory.write(hidden, memories[slot], window.mask)
+        return replace(output, memory_state=replace(state, memories=tuple(memories)))
 
 
 class ForgetsTheWindow(MemoryTransformer):
@@ -254,26 +259,21 @@ class WritesPadding(InternalMemory):
         return super().write(hidden, state, torch.ones_like(mask))
 
 
-class WritesAsleep(MemoryTransformer):
+class WritesAsleep(LayerMemories):
     """A row whose segment is all padding, and whose slots fade all the same."""
 
-    def write(self, hidden, banks, mask):
-        states = list(banks)
-        for segment, layer in zip(hidden, self.bank_of_layer, strict=True):
-            (place,) = self.places[layer]
-            (memory,) = self.blocks[layer].memories.values()
-            states[place] = memory.write(segment, states[place], mask)
-        return tuple(states)
+    def write(self, hidden, inputs, keys=None, values=None):
+        return super().write(hidden, inputs._replace(has_tokens=None), keys, values)
 
 
 class AttendsToPadding(MemoryTransformer):
     """Padding that real tokens of the window attend to."""
 
-    def advance(self, ids, mask, state):
+    def step(self, ids, mask, state):
         original = transformer_module.window_mask
         try:
             transformer_module.window_mask = lambda n, valid, past, device: original(n, None, past, device)
-            return super().advance(ids, mask, state)
+            return super().step(ids, mask, state)
         finally:
             transformer_module.window_mask = original
 
@@ -284,7 +284,13 @@ def test_padding_that_is_written_is_caught(make_with, write):
 
 
 def test_a_sleeping_row_that_fades_is_caught():
-    breaks(laws.padding, "L4", make_model(WritesAsleep, write="attention"))
+    def make():
+        model = case(write="attention").build()
+        for block in model.blocks:
+            block.memories.__class__ = WritesAsleep
+        return model
+
+    breaks(laws.padding, "L4", make)
 
 
 def test_padding_that_is_attended_to_is_caught():
@@ -333,6 +339,9 @@ class Grows(InternalMemory):
         newest = super().write(hidden, SlotState(state.slots[:, -8:]), mask)
         return GrowingState(torch.cat((state.slots, newest.slots), 1))
 
+    def check_state(self, state, name):
+        """Nobody refuses it at the door either."""
+
 
 class Explodes(InternalMemory):
     """M <- 10^6 M + new: nothing decays."""
@@ -378,10 +387,10 @@ class LostOffset(RingMemory):
 
 @dataclass(frozen=True)
 class OffsetState(State):
-    keys: torch.Tensor
-    values: torch.Tensor
-    count: torch.Tensor
-    offset: torch.Tensor
+    keys: torch.Tensor = axes("batch slot feature")
+    values: torch.Tensor = axes("batch slot feature")
+    count: torch.Tensor = axes("batch")
+    offset: torch.Tensor = axes("batch")
 
 
 def ring(memory=RingMemory, capacity=10):
@@ -479,7 +488,7 @@ class KeepsTheGraph(MemoryTransformer):
     def forward(self, *arguments, **keywords):
         output = super().forward(*arguments, **keywords)
         state = output.memory_state
-        return replace(output, memory_state=RebindsALocal(state.banks, state.window))
+        return replace(output, memory_state=RebindsALocal(state.memories, state.window))
 
 
 class CutsAlways(InternalMemory):

@@ -14,7 +14,7 @@ from memlib import config as configuration
 from memlib.config import config as whole
 from memlib.config.fields import option
 from memlib.config.memory import MemoryOptions
-from memlib.memory import MEMORIES, Memory, State
+from memlib.memory import MEMORIES, Memory, State, axes
 
 
 def register(monkeypatch: Any, kind: str, options: type, memory: type[Memory]) -> None:
@@ -38,9 +38,9 @@ class RingConfig(MemoryOptions):
 class RingState(State):
     """keys, values: [b c d]; count: [b] items ever written."""
 
-    keys: Tensor
-    values: Tensor
-    count: Tensor
+    keys: Tensor = axes("batch slot feature")
+    values: Tensor = axes("batch slot feature")
+    count: Tensor = axes("batch")
 
 
 class RingMemory(Memory):
@@ -49,8 +49,7 @@ class RingMemory(Memory):
     start: Tensor
 
     def __init__(self, config: RingConfig, hidden_dim: int) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, hidden_dim)
         self.v_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
         self.register_buffer("start", torch.zeros(config.capacity, hidden_dim), persistent=False)
 

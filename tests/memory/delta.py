@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from memlib.config.fields import option
 from memlib.config.memory import MemoryOptions
-from memlib.memory import Memory, State
+from memlib.memory import Memory, State, axes
 
 from .references.base import Reference, Row, linear, sigmoid, unit
 
@@ -43,15 +43,14 @@ class DeltaConfig(MemoryOptions):
 class DeltaState(State):
     """matrix: [b k e]."""
 
-    matrix: Tensor
+    matrix: Tensor = axes("batch key value")
 
 
 class DeltaMemory(Memory):
     """A matrix that a key reads and corrects."""
 
     def __init__(self, config: DeltaConfig, hidden_dim: int) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, hidden_dim)
         self.q_proj = nn.Linear(hidden_dim, config.key_dim, bias=False)
         self.k_proj = nn.Linear(hidden_dim, config.key_dim, bias=False)
         self.v_proj = nn.Linear(hidden_dim, config.value_dim, bias=False)

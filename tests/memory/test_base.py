@@ -7,18 +7,18 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from memlib.memory import Memory, State
+from memlib.memory import Memory, State, axes
 
 
 @dataclass(frozen=True)
 class Inner(State):
-    count: Tensor
+    count: Tensor = axes("batch token")
 
 
 @dataclass(frozen=True)
 class Outer(State):
-    slots: Tensor
-    layers: tuple[Tensor, ...]
+    slots: Tensor = axes("batch slot feature")
+    layers: tuple[Tensor, ...] = axes("batch token")
     parts: tuple[Inner, ...]
     inner: Inner
 

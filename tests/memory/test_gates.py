@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from memlib.memory.gates import Gate, ResidualFusion, SoftmaxFusion, identity_slots
+from memlib.memory.address import identity_slots
+from memlib.memory.gates import Gate
+from memlib.models.fusion import ResidualFusion, SoftmaxFusion
 
 
 def random(*shape, seed=0):
@@ -30,7 +32,7 @@ def test_softmax_fusion_is_its_equation_token_by_token(memories):
     hidden, attended = random(2, 5, 6, seed=3), random(2, 5, 6, seed=4)
     read = [random(2, 5, 6, seed=5 + i) for i in range(memories)]
     weights = []
-    fusion.weight_probe.register_forward_hook(lambda _module, _inputs, out: weights.append(out))
+    fusion.weight_point.listeners.append(weights.append)
     got = fusion(hidden, attended, read)
     for b in range(2):
         for t in range(5):

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from memlib.config import Config, ConfigError, LtmMemoryConfig, override
 from memlib.memory import LongTermMemory
-from memlib.memory.ltm import BankState, lottery, survivors
+from memlib.memory.ltm import LtmState, lottery, survivors
+from memlib.nn.hook_point import HookPoint
 
 B, N, D, S, E = 2, 6, 5, 8, 4
 MASKS = {
@@ -35,15 +36,20 @@ def memory(**options):
 
 
 def state():
-    return BankState(random(B, S, E, seed=41), torch.zeros(B, S, dtype=torch.int64), torch.tensor([3, 7]))
+    return LtmState(random(B, S, E, seed=41), torch.zeros(B, S, dtype=torch.int64), torch.tensor([3, 7]))
 
 
 def heard(built, point, call):
-    """What a probe passes on during a call."""
-    values = []
-    handle = built.get_submodule(point).register_forward_hook(lambda _m, _i, out: values.append(out))
-    call()
-    handle.remove()
+    """What a hook point is told during a call, or what a module returns."""
+    values, module = [], built.get_submodule(point)
+    if isinstance(module, HookPoint):
+        module.listeners.append(values.append)
+        call()
+        module.listeners.clear()
+    else:
+        handle = module.register_forward_hook(lambda _m, _i, out: values.append(out))
+        call()
+        handle.remove()
     return values[0]
 
 
@@ -105,7 +111,7 @@ def test_sparse_reading_of_every_slot_is_dense_reading():
     hidden = random(B, N, D, seed=40)
     torch.testing.assert_close(sparse.read(hidden, state()), dense.read(hidden, state()))
     few = memory(attention="sparse", top_k=2)
-    weight = heard(few, "reader.attention.weight_probe", lambda: few.read(hidden, state()))
+    weight = heard(few, "reader.attention.weight_point", lambda: few.read(hidden, state()))
     assert ((weight > 0).sum(-1) == 2).all()
 
 
@@ -156,13 +162,13 @@ def test_the_lottery_asks_nothing_of_the_tokens():
     by_lot = memory(keep="random")
     one, two = random(B, N, D, seed=1), random(B, N, D, seed=2)
     kept = [
-        heard(by_lot, "writer.kept_probe", lambda x=x: by_lot.write(x, state(), MASKS["all_tokens"]))
+        heard(by_lot, "writer.kept_point", lambda x=x: by_lot.write(x, state(), MASKS["all_tokens"]))
         for x in (one, two)
     ]
     assert torch.equal(*kept)
     learned = memory(keep="learned")
     kept = [
-        heard(learned, "writer.kept_probe", lambda x=x: learned.write(x, state(), MASKS["all_tokens"]))
+        heard(learned, "writer.kept_point", lambda x=x: learned.write(x, state(), MASKS["all_tokens"]))
         for x in (one, two)
     ]
     assert not torch.equal(*kept)
@@ -203,7 +209,7 @@ def test_a_dropped_token_learns_what_a_little_of_it_would_have_been_worth():
     writer, hidden, mask = built.writer, random(1, N, D, seed=40), MASKS["all_tokens"][:1]
     given = state().rows(torch.tensor([0]))
     target = random(1, S, E, seed=50)
-    kept = heard(built, "writer.kept_probe", lambda: built.write(hidden, given, mask))
+    kept = heard(built, "writer.kept_point", lambda: built.write(hidden, given, mask))
 
     def loss():
         return (built.write(hidden, given, mask).slots * target).sum()
@@ -212,13 +218,14 @@ def test_a_dropped_token_learns_what_a_little_of_it_would_have_been_worth():
     gradient = logits.grad[0, :, 0]
 
     def loss_with(t, strength):
-        def push(_module, _inputs, opened):
-            return opened + strength * F.one_hot(torch.tensor([t]), N)
+        def push(*arguments):
+            tokens = compress(*arguments)
+            return replace(tokens, strength=tokens.strength + strength * (tokens.index == t))
 
-        handle = writer.input_probe.register_forward_hook(push)
+        compress, writer.compress = writer.compress, push
         with torch.no_grad():
             value = float(loss())
-        handle.remove()
+        del writer.compress
         return value
 
     for t in (~kept[0]).nonzero().flatten().tolist():

@@ -136,11 +136,10 @@ def gates_on_the_wrong_side(memory):
 def attention_and_memory_exchanged(memory):
     """w A + (1 - w) M."""
 
-    def mix(method, hidden, attended, logsumexp, state):
-        nothing = torch.zeros_like(attended)
-        memory_part = method(hidden, nothing, logsumexp, state)
-        attention_part = method(hidden, attended, logsumexp, state) - memory_part
-        return attended - attention_part + memory_part
+    def mix(method, heads, state):
+        memory_part = method(replace(heads, attended=torch.zeros_like(heads.attended)), state)
+        attention_part = method(heads, state) - memory_part
+        return heads.attended - attention_part + memory_part
 
     around(memory, "mix", mix)
 
@@ -186,8 +185,7 @@ def a_block_too_short(memory):
 
 def forgets_what_it_knew_of_the_segment(memory):
     """A rolling window that begins anew in each call."""
-    name = "with_open_segment" if hasattr(memory, "with_open_segment") else "opened"
-    setattr(memory, name, lambda state, hidden, mask: state)
+    memory.with_open_segment = lambda state, hidden, mask: state
 
 
 def even_weights(memory):

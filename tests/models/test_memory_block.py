@@ -7,7 +7,8 @@ from torch import nn
 from memlib import MemoryTransformerBlock, VanillaTransformerBlock
 from memlib.config import ChaptersMemoryConfig
 from memlib.memory import ChapterMemory
-from memlib.models import StreamBlock
+from memlib.memory.layer import LayerInput
+from memlib.models import TransformerBlock
 
 B, N, D, H, M = 2, 5, 16, 4, 6
 
@@ -53,7 +54,7 @@ def test_without_memory_it_is_the_vanilla_block():
 def test_it_is_the_models_block_with_a_bank_read_whole(variant):
     config = ChaptersMemoryConfig(num_memory_tokens=M, num_heads=H, use_chapters=False)
     bank = ChapterMemory(config, D)
-    own = StreamBlock(D, H, 4 * D, {"chapters": bank}, "residual", variant).double()
+    own = TransformerBlock(D, H, 4 * D, {"chapters": bank}, "residual", variant).double()
     stirred(own)
     with torch.no_grad():
         own.fusion.o_proj[0].weight.copy_(torch.eye(D))
@@ -65,7 +66,8 @@ def test_it_is_the_models_block_with_a_bank_read_whole(variant):
     }
     block.load_state_dict(weights)
     x, none = random(B, N, D), random(B, H, 0, D // H)
-    want = own(x, none, none, None, [bank.init_state(B)]).stream
+    inputs = LayerInput([bank.init_state(B)], x[:, :0], torch.ones(B, N, dtype=torch.bool), torch.zeros(B, N))
+    want = own(x, none, none, None, inputs).residual
     torch.testing.assert_close(block(x, bank.bank()), want)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from memlib.config import Config, IndexConfig, MemoryConfig, ModelConfig, override
-from memlib.memory.shelves import StoredState
-from memlib.memory.store import StoreError
+from memlib.memory.external.backends import StoredState
+from memlib.memory.external.store import StoreError
 from memlib.models import MemoryState, MemoryTransformer
 from memlib.models.stores import (
     attach_stores,
@@ -65,7 +65,7 @@ def stored(monkeypatch):
 
     def same_state(law, what, got: MemoryState, want: MemoryState, within: float | None = None) -> None:
         plain(law, what, got.window, want.window, within)
-        for place, (mine, theirs) in enumerate(zip(got.banks, want.banks, strict=True)):
+        for place, (mine, theirs) in enumerate(zip(got.memories, want.memories, strict=True)):
             compare(law, f"{what}, bank {place}", place, mine, theirs, within)
 
     def compare(law, what, place, got, want, within):
@@ -172,7 +172,7 @@ def test_a_state_of_before_a_store_was_attached_is_refused():
     _, state = laws.feed(built, tokens)
     attach_stores(built)
     with pytest.raises(
-        ValueError, match="holds ExternalState, this memory now takes StoredState: start from None"
+        ValueError, match="is a ExternalState: this memory now takes StoredState; start from None"
     ):
         laws.feed(built, tokens, state=state)
 
@@ -198,7 +198,7 @@ def test_retrieval_every_thins_the_layers_that_retrieve(every):
     tokens = torch.randint(17, (2, 12))
     want, state = laws.feed(model, tokens)
     laws.same("pieces", "logits", laws.feed(model, tokens, (3, 4, 5))[0], want)
-    assert len(state.banks) == 6 + len(have)
+    assert len(state.memories) == 6 + len(have)
     stores = attach_stores(model, index=IndexConfig(kind="hnsw"))
     assert len(stores) == len(have) and all(store.index.kind == "hnsw" for store in stores.values())
 

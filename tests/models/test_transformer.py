@@ -118,10 +118,10 @@ def test_tied_embeddings_are_one_matrix():
 )
 def test_only_the_placed_layers_have_memory(placement, layers):
     model = build(placement)
-    assert [i for i in range(6) if model.block(i).kinds()] == layers
+    assert [i for i in range(6) if model.block(i).memories.memory_list] == layers
     assert [i for i in range(6) if model.block(i).fusion is not None] == layers
     state = model(ids(tokens=6)).memory_state
-    assert len(state.window.hidden) == len(layers) and len(state.banks) == len(layers)
+    assert len(state.window.hidden) == len(layers) and len(state.memories) == len(layers)
 
 
 @pytest.mark.parametrize(
@@ -131,20 +131,20 @@ def test_only_the_placed_layers_have_memory(placement, layers):
 def test_sharing_says_how_many_banks_there_are(sharing, k, banks):
     model = build({"memory.memory_sharing": sharing, "memory.memory_sharing_k": k})
     state = model.init_state(3)
-    assert len(state.banks) == banks
-    assert {bank.slots.shape for bank in state.banks} == {(3, 4, 16)}
-    assert len(model(ids()).memory_state.banks) == banks
+    assert len(state.memories) == banks
+    assert {bank.slots.shape for bank in state.memories} == {(3, 4, 16)}
+    assert len(model(ids()).memory_state.memories) == banks
 
 
 def test_layers_that_share_a_bank_write_it_one_after_another():
-    model = build({"memory.memory_sharing": "shared"})
-    hidden = tuple(torch.randn(2, 4, 16) for _ in range(6))
-    mask = torch.ones(2, 4, dtype=torch.bool)
-    (state,) = model.init_state(2).banks
-    (got,) = model.write(hidden, (state,), mask)
+    model, mask, seen = build({"memory.memory_sharing": "shared"}), torch.ones(2, 4, dtype=torch.bool), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _block, _inputs, output: seen.append(output.hidden))
+    (state,) = model.init_state(2).memories
+    (got,) = model(ids(tokens=4)).memory_state.memories
     for layer in range(6):
-        (memory,) = model.block(layer).kinds()
-        state = memory.write(hidden[layer], state, mask)
+        (memory,) = model.block(layer).memories.memory_list
+        state = memory.write(seen[layer], state, mask)
     assert torch.equal(got.slots, state.slots)
 
 
@@ -219,7 +219,7 @@ def test_reset_rows_are_as_new_and_the_state_passed_in_is_not_touched():
     copy = state.clone()
     reset = model.reset(state, torch.tensor([True, False, True]))
     fresh = model.init_state(3)
-    for old, new, start in zip(state.banks, reset.banks, fresh.banks, strict=True):
+    for old, new, start in zip(state.memories, reset.memories, fresh.memories, strict=True):
         assert torch.equal(new.slots[[0, 2]], start.slots[[0, 2]])
         assert torch.equal(new.slots[1], old.slots[1])
     assert reset.window.mask.tolist() == [[False, False], [True, True], [False, False]]
@@ -240,8 +240,8 @@ def test_rows_of_a_state_go_on_alone():
 def test_the_state_is_frozen():
     state = build().init_state(2)
     with pytest.raises(AttributeError):
-        state.banks = ()
-    assert replace(state, banks=()).banks == ()
+        state.memories = ()
+    assert replace(state, memories=()).memories == ()
 
 
 def test_a_state_of_another_model_is_refused():

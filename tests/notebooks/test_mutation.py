@@ -27,7 +27,7 @@ MUTANTS = {
         "03_internal_memory",
         "models/transformer.py",
         "output = read(stream, past.keys[layer], past.values[layer], allowed, states)",
-        "states = tuple(m.write(stream, s, new) for m, s in zip(block.kinds(), states)); "
+        "states = tuple(m.write(stream, s, new) for m, s in zip(block.memories.memory_list, states)); "
         "output = read(stream, past.keys[layer], past.values[layer], allowed, states)",
     ),
     "reset forgets nothing": (

@@ -208,7 +208,7 @@ def test_memory_of_a_text_goes_on_from_batch_to_batch_until_the_text_begins_anew
     trainer.step = trainer.task.batches_per_epoch(4)
     trainer.train_step()
     fresh = trainer.model.init_state(4)
-    for passed, start in zip(seen[2].banks, fresh.banks, strict=True):
+    for passed, start in zip(seen[2].memories, fresh.memories, strict=True):
         assert torch.equal(passed.slots, start.slots)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memlib.memory import MEMORIES
+from memlib.memory.base import AttentionHeads
 from tests.laws.cases import memory_config, stir
 
 from . import REFERENCES
@@ -47,7 +48,7 @@ def reference_of(kind: str) -> type[Reference]:
 def agree(memory: Any, reference: Reference) -> None:
     """Raise an AssertionError where a memory's reads, states or gradients are not its reference's."""
     stream = Stream(memory)
-    mine, mine_states = follow(memory, stream, Implemented(memory))
+    mine, mine_states = follow(memory, stream, Implemented())
     want, want_states = follow(memory, stream, reference)
     for segment, (got, true) in enumerate(zip(mine_states, want_states, strict=True)):
         for b, state in enumerate(true):
@@ -93,10 +94,6 @@ class Stream:
 class Implemented:
     """A memory, called as a reference is."""
 
-    def __init__(self, memory: Any) -> None:
-        # One name in one place, because it is a method that may be renamed.
-        self.open = getattr(memory, "with_open_segment", None) or memory.opened
-
     def init_state(self, memory: Any, batch: int) -> Any:
         return memory.init_state(batch)
 
@@ -104,14 +101,19 @@ class Implemented:
         return memory.read(hidden, state)
 
     def mix(self, memory: Any, hidden: Tensor, attended: Tensor, logsumexp: Tensor, state: Any) -> Tensor:
-        return memory.mix(hidden, attended, lambda: logsumexp, state)
+        def unused(tokens: Tensor) -> Any:
+            raise AssertionError("the comparison has no projections of a layer: give it some")
+
+        queries = keys = values = torch.full_like(attended, torch.nan)  # of the layer; not compared yet
+        heads = AttentionHeads(hidden, queries, keys, values, attended, lambda: logsumexp, unused)
+        return memory.mix(heads, state)
 
     def write(self, memory: Any, hidden: Tensor, state: Any, mask: Tensor) -> Any:
         """As the model writes: a row whose segment is all padding keeps its state."""
         return memory.write(hidden, state, mask).where(mask.any(1), state)
 
     def opened(self, memory: Any, state: Any, hidden: Tensor, mask: Tensor) -> Any:
-        return self.open(state, hidden, mask)
+        return memory.with_open_segment(state, hidden, mask)
 
 
 def follow(memory: Any, stream: Stream, by: Any) -> tuple[list[Tensor], list[Any]]:

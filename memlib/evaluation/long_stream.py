@@ -1,0 +1,271 @@
+"""One long stream: does what a model holds stay the same size, and does it stay as fast?
+
+The stream is fed call by call, as a service would feed it, and measured in tenths: spec C8, and law L6
+at full length. Half-way everything is saved, read back into a new model, and both go on. Ids are random
+and weights untrained: neither size nor speed hangs on what is remembered.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor
+
+from memlib.config import Config, IndexConfig
+from memlib.inference.states import load_state, save_state
+from memlib.memory.external.index import library
+from memlib.models import MemoryTransformer
+from memlib.models.state import MemoryState
+from memlib.models.stores import Stores, attach_stores, save_stores
+
+TENTHS = 10
+SLOWEST = 0.9  # the last tenth's speed over the second's (spec C8)
+FRESH = 8  # segments of each call that the model without a past is fed
+RESIDENT = 16 * 2**20  # bytes that Python and the allocator take and give back without a leak
+
+
+@dataclass(frozen=True)
+class StreamResult:
+    """How fast a model was and what it held, by tenth of the stream; sizes in bytes.
+
+    speed: tokens per second of processor time; fresh: those of an equal model without a past, fed the
+    first segments of each call in turns with it, because a busy machine slows both; held: the most that
+    its state and stores had after a call; tensors: all that were made on the way and live at the tenth's
+    end, so that nothing hides; resident: the process. resumed: whether the copy that was read back
+    half-way gave bitwise the same logits for a tenth of the stream. search: how stores search, empty
+    without stores. tokens: of each of `batch` streams; window, call: in tokens.
+    """
+
+    name: str
+    search: str
+    tokens: int
+    batch: int
+    window: int
+    call: int
+    cpu_seconds: float
+    speed: list[float]
+    fresh: list[float]
+    held: list[int]
+    tensors: list[int]
+    resident: list[int]
+    resumed: bool
+
+    @property
+    def ratio(self) -> float:
+        """The last tenth's speed over the second's (in the first, things warm up), each over `fresh`."""
+        return self.speed[-1] / self.fresh[-1] / (self.speed[1] / self.fresh[1])
+
+    def unsteady(self) -> list[str]:
+        """All that did not stay as it was: empty if memory and speed are flat.
+
+        A store takes what comes until it is full, so it is compared from the second tenth on.
+        """
+        found = [
+            f"{what} grew from {sizes[0]:,} to {max(sizes):,} bytes"
+            for what, sizes in (
+                ("what it holds", self.held[1:] if self.search else self.held),
+                ("all tensors alive", self.tensors[1:]),
+            )
+            if max(sizes) > sizes[0]
+        ]
+        if (grown := self.resident[-1] - self.resident[1]) > RESIDENT:
+            found.append(f"the process grew by {grown:,} bytes (at most {RESIDENT:,})")
+        if self.ratio < SLOWEST:
+            speed = f"{self.ratio:.2f} of the second's speed, both over the fresh one's"
+            found.append(f"the last tenth ran at {speed} (least {SLOWEST})")
+        if not self.resumed:
+            found.append("the copy that was read back half-way gave other logits")
+        return found
+
+
+class Run:
+    """A model with its stores and its state, on the way through a stream."""
+
+    def __init__(self, model: MemoryTransformer, stores: Stores, state: MemoryState) -> None:
+        self.model, self.stores, self.state = model, stores, state
+
+    @torch.no_grad()
+    def feed(self, ids: Tensor) -> Tensor:
+        """The logits of the stream's next ids: [b t] -> [b t v]."""
+        output = self.model(ids, memory_state=self.state)
+        self.state = output.memory_state
+        return output.logits
+
+    @property
+    def held(self) -> int:
+        """Bytes of all that is remembered."""
+        return self.state.nbytes + sum(store.nbytes for store in self.stores.values())
+
+    def reread(self, index: IndexConfig | None) -> Run:
+        """Save everything to files and go on with what a new model reads from them."""
+        with tempfile.TemporaryDirectory() as folder:
+            weights, state, stored = (Path(folder, name) for name in ("weights", "state", "stores"))
+            save_model(self.model, str(weights))
+            save_state(self.state, state, self.model)
+            save_stores(self.stores, stored)
+            model = new_model(self.model.config, seed=1)
+            load_model(model, str(weights))
+            stores = attach_stores(model, stored, index) if self.stores else {}
+            return Run(model, stores, load_state(state, model)[0])
+
+
+def measure_stream(
+    config: Config,
+    name: str,
+    tokens: int = 1_000_000,
+    batch: int = 1,
+    segments: int = 32,
+    search: str = "",
+    index: IndexConfig | None = None,
+) -> StreamResult:
+    """Feed `batch` streams of `tokens` each through an untrained model, `segments` to a call.
+
+    The number of tokens is rounded up to whole calls. search, index: external memory keeps its pairs in
+    stores that search so; without, in its state. Raises ValueError for fewer than two calls to a tenth,
+    and for stores without external memory.
+    """
+    window = config.model.segment_length
+    call = segments * window
+    calls = -(-tokens // call)
+    if calls < 2 * TENTHS:
+        raise ValueError(
+            f"tokens = {tokens:,}: {calls} calls of {segments} segments of {window}; feed at least "
+            f"{(2 * TENTHS - 1) * call + 1:,}, or fewer segments to a call"
+        )
+    torch.set_num_threads(config.training.num_threads)
+    model = new_model(config)
+    stores: Stores = {}
+    if search:
+        library().omp_set_num_threads(config.training.num_threads)
+        stores = attach_stores(model, index=index)
+    run, fresh = Run(model, stores, model.init_state(batch)), new_model(config)
+    tenths, tensors, resident = [], [], []
+    with only_new_objects():
+        for tenth in range(TENTHS):
+            numbers = range(calls * tenth // TENTHS, calls * (tenth + 1) // TENTHS)
+            ids = (token_ids(config, batch, call, number) for number in numbers)
+            copy = run.reread(index) if tenth == TENTHS // 2 else None
+            tenths.append(measure_calls(run, fresh, copy, ids))
+            del copy
+            gc.collect()
+            tensors.append(tensor_bytes())
+            resident.append(resident_bytes())
+    return StreamResult(
+        name=name,
+        search=search,
+        tokens=calls * call,
+        batch=batch,
+        window=window,
+        call=call,
+        cpu_seconds=round(sum(tenth.seconds for tenth in tenths), 1),
+        speed=[round(tenth.tokens / tenth.seconds, 1) for tenth in tenths],
+        fresh=[round(tenth.fresh_tokens / tenth.fresh_seconds, 1) for tenth in tenths],
+        held=[tenth.held for tenth in tenths],
+        tensors=tensors,
+        resident=resident,
+        resumed=all(tenth.same for tenth in tenths),
+    )
+
+
+@dataclass
+class Measured:
+    """Some calls: tokens and processor seconds, with the past and without; see `StreamResult`."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    fresh_tokens: int = 0
+    fresh_seconds: float = 0.0
+    held: int = 0
+    same: bool = True
+
+
+def measure_calls(run: Run, fresh: MemoryTransformer, copy: Run | None, calls: Iterable[Tensor]) -> Measured:
+    """Feed the calls, each [b t], to the run, and to the copy; in turns a part of each to the fresh one."""
+    total = Measured()
+    part = FRESH * fresh.config.model.segment_length
+    for ids in calls:
+        before = time.process_time()
+        logits = run.feed(ids)
+        after = time.process_time()
+        with torch.no_grad():
+            fresh(ids[:, :part])
+        total.fresh_seconds += time.process_time() - after
+        total.seconds += after - before
+        total.tokens += ids.numel()
+        total.fresh_tokens += ids[:, :part].numel()
+        total.held = max(total.held, run.held)
+        total.same &= copy is None or torch.equal(copy.feed(ids), logits)
+    return total
+
+
+def new_model(config: Config, seed: int = 0) -> MemoryTransformer:
+    """An untrained model, as training would start it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MemoryTransformer(config).eval()
+
+
+def token_ids(config: Config, batch: int, length: int, number: int) -> Tensor:
+    """The ids of call `number`, the same each time: [b t]."""
+    generator = torch.Generator().manual_seed(number)
+    return torch.randint(config.model.vocab_size, (batch, length), generator=generator)
+
+
+@contextmanager
+def only_new_objects() -> Iterator[None]:
+    """Set all objects there are aside: the collector looks at new ones only, and is quick."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def tensor_bytes() -> int:
+    """Bytes of the tensors that are alive and not set aside, shared memory counted once."""
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
+    return sum(sizes.values())
+
+
+def resident_bytes() -> int:
+    """Memory that this process takes now; where the system does not say, the most it ever took."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def stream_table(results: Sequence[StreamResult]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table: speed of two tenths, what is held after the first and at the end."""
+    head = ["model", "tokens", "window", "CPU-s", "tokens/s, 2nd tenth", "last tenth", "ratio", "over fresh"]
+    head += ["held, 1st tenth", "2nd", "last", "process grew by", "resumed"]
+    rows = [
+        [
+            f"{r.name}, {r.search}" if r.search else r.name,
+            f"{r.batch} × {r.tokens:,}" if r.batch > 1 else f"{r.tokens:,}",
+            f"{r.window}",
+            f"{r.cpu_seconds:.0f}",
+            f"{r.speed[1]:,.0f}",
+            f"{r.speed[-1]:,.0f}",
+            f"{r.speed[-1] / r.speed[1]:.2f}",
+            f"{r.ratio:.2f}",
+            *(f"{r.held[i]:,}" for i in (0, 1, -1)),
+            f"{(r.resident[-1] - r.resident[1]) / 2**20:+.1f} MiB",
+            "the same" if r.resumed else "**other logits**",
+        ]
+        for r in results
+    ]
+    return head, rows

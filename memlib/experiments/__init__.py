@@ -1,0 +1,1 @@
+"""Runs side by side, and which runs make which table."""

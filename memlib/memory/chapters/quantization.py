@@ -1,0 +1,178 @@
+"""Memory tokens in 8 or 4 bits (spec D7).
+
+Axes: m rows, d their width, g groups of a row, w numbers of a group.
+
+Each group of a row has its own scale, and zero is exact (symmetric):
+
+    scale = max |x| / q_max,   q = round(x / scale),   x' = q scale,   q_max = 127 or 7
+
+so no number is clipped and |x - x'| <= scale / 2. Eight bits are stored as int8; four bits two to a byte
+in uint8, the even place in the low half, each as q + 8. A row of 64 numbers in one group takes 68 or 36
+bytes instead of 256.
+
+`QuantizedMemoryBank` trains through rounding (straight-through: x' forward, the gradient as if x) and,
+once packed, holds nothing but the small numbers and their scales.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from math import ceil
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memlib.memory.chapters.banks import MemoryBank, Rows
+
+Q_MAX = {8: 127, 4: 7}
+
+
+def quantize_memory_bank(tensor: Tensor, bits: int = 8, group_size: int = 64) -> tuple[Tensor, Tensor]:
+    """[... d] -> quantised: int8 [... d] or packed uint8 [... d/2], and scales [... g].
+
+    A row is cut into g = ceil(d / group_size) groups as equal as can be. Scales have the tensor's type,
+    at least float32. Raises ValueError for other bits, an odd width at 4 bits, and what is not finite.
+    """
+    check_bits(bits, tensor.shape[-1])
+    if group_size < 1:
+        raise ValueError(f"group_size = {group_size}: must be at least 1")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError("tensor holds inf or nan: only finite numbers have a scale")
+    grouped = groups(
+        tensor.to(torch.promote_types(tensor.dtype, torch.float32)), ceil(tensor.shape[-1] / group_size)
+    )
+    scales = grouped.abs().amax(-1) / Q_MAX[bits]
+    normal = scales > torch.finfo(scales.dtype).tiny  # below, a scale is too coarse for its own group
+    scales = torch.where(normal, scales, torch.ones_like(scales))
+    q = torch.round(grouped / rearrange(scales, "... -> ... 1")).clamp(-Q_MAX[bits], Q_MAX[bits])
+    flat = rearrange(q, "... g w -> ... (g w)")[..., : tensor.shape[-1]].to(torch.int8)
+    return (flat if bits == 8 else pack(flat)), scales
+
+
+def dequantize_memory_bank(quantized: Tensor, scales: Tensor) -> Tensor:
+    """The numbers meant by what `quantize_memory_bank` returned: [... d], of the scales' type."""
+    q = unpack(quantized) if quantized.dtype == torch.uint8 else quantized
+    grouped = groups(q.to(scales.dtype), scales.shape[-1]) * rearrange(scales, "... -> ... 1")
+    return rearrange(grouped, "... g w -> ... (g w)")[..., : q.shape[-1]]
+
+
+def groups(tensor: Tensor, count: int) -> Tensor:
+    """A row in `count` groups of equal length, the last filled with zeros: [... d] -> [... g w]."""
+    width = ceil(tensor.shape[-1] / count)
+    return rearrange(F.pad(tensor, (0, count * width - tensor.shape[-1])), "... (g w) -> ... g w", g=count)
+
+
+def pack(q: Tensor) -> Tensor:
+    """Numbers -8 … 7, two to a byte: int8 [... d] -> uint8 [... d/2]."""
+    low, high = rearrange((q + 8).to(torch.uint8), "... (d two) -> two ... d", two=2)
+    return low | (high << 4)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The inverse of `pack`: uint8 [... d/2] -> int8 [... d]."""
+    pair = torch.stack((packed & 15, packed >> 4), -1)
+    return rearrange(pair, "... d two -> ... (d two)").to(torch.int8) - 8
+
+
+class StraightThrough(torch.autograd.Function):
+    """x' forward, the gradient of x' taken for that of x (Bengio et al. 2013, arXiv 1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, bits: int, group_size: int) -> Tensor:
+        return dequantize_memory_bank(*quantize_memory_bank(tensor, bits, group_size)).to(tensor.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, None, None
+
+
+class QuantizedRows(nn.Module):
+    """`Rows` seen through rounding; after `pack` the rounded numbers are all there is.
+
+    A state_dict with packed numbers packs the module it is loaded into.
+    """
+
+    quantized: Tensor
+    scales: Tensor
+    weight: nn.Parameter | None
+
+    def __init__(self, rows: Rows, bits: int, group_size: int) -> None:
+        super().__init__()
+        check_bits(bits, rows.weight.shape[-1])
+        self.bits, self.group_size, self.std = bits, group_size, rows.std
+        self.weight = rows.weight
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:  # packed numbers are only ever loaded
+            nn.init.normal_(self.weight, 0.0, self.std)
+
+    def forward(self, index: Tensor | None = None) -> Tensor:
+        if self.weight is not None:
+            rows = self.weight if index is None else self.weight[index]
+            return StraightThrough.apply(rows, self.bits, self.group_size)
+        if index is None:
+            return dequantize_memory_bank(self.quantized, self.scales)
+        return dequantize_memory_bank(self.quantized[index], self.scales[index])
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Keep the rounded numbers only; nothing is left to train."""
+        if self.weight is None:
+            return
+        quantized, scales = quantize_memory_bank(self.weight, self.bits, self.group_size)
+        self.weight = None
+        self.register_buffer("quantized", quantized)
+        self.register_buffer("scales", scales)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        if f"{prefix}quantized" in state_dict:
+            self.pack()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, group_size={self.group_size}, packed={self.weight is None}"
+
+
+class QuantizedMemoryBank(MemoryBank):
+    """A bank whose numbers have 8 or 4 bits: of a factorised one both factors, of a narrow one its rows.
+
+    The given bank is copied, not changed. Until `pack` it trains: the numbers are kept in full and every
+    read sees them rounded. Packed, it is for use: the same tokens bit for bit, in `nbytes` bytes, which
+    is also what a file of it takes. Raises ValueError as `quantize_memory_bank` does.
+    """
+
+    def __init__(self, bank: MemoryBank, bits: int = 8, group_size: int = 64) -> None:
+        super().__init__(bank.num_tokens, bank.dim)
+        self.bank = deepcopy(bank)
+        for parent in list(self.bank.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, Rows):
+                    setattr(parent, name, QuantizedRows(child, bits, group_size))
+
+    def forward(self, index: Tensor | None = None) -> Tensor:
+        return self.bank(index)
+
+    def pack(self) -> QuantizedMemoryBank:
+        """Drop the numbers in full; returns the bank itself."""
+        for module in self.modules():
+            if isinstance(module, QuantizedRows):
+                module.pack()
+        return self
+
+
+def pack_memory_banks(model: nn.Module) -> int:
+    """Pack every quantised bank in a model, for use and saving; returns how many there were."""
+    banks = [module for module in model.modules() if isinstance(module, QuantizedMemoryBank)]
+    for bank in banks:
+        bank.pack()
+    return len(banks)
+
+
+def check_bits(bits: int, width: int) -> None:
+    if bits not in Q_MAX:
+        raise ValueError(f"bits = {bits}: must be 8 or 4")
+    if bits == 4 and width % 2:
+        raise ValueError(f"a row of {width} numbers cannot be packed two to a byte: choose an even width")

@@ -1,0 +1,227 @@
+"""Which chapters of a memory a token reads (spec D5).
+
+Axes: b batch, n tokens, d hidden, c chapters, k chosen, g decisions: one for a row or one for each token.
+
+A router is one linear map of a summary; the strategies differ in what they sum up:
+
+| router | the summary of token t | decisions |
+| --- | --- | --- |
+| `ChapterRouter` | the mean of all that it is given | 1 for a row |
+| `RollingRouter` | the mean of the last `window_size` tokens up to t | 1 for each token |
+| `TokenLevelRouter` | t itself | 1 for each token |
+| `HybridRouter` | the mean of what came before and of the rolling window | 1 for each token |
+
+`ChapterRouter` called with the tokens it then serves is **not causal**: a token's chapters depend on later
+ones. That is sound for a prompt that is given in full, and for nothing that is trained or scored token by
+token. In a stream the summary is that of the segment before (`memlib.memory.chapters`). The others are
+causal.
+
+With logits z = s W + b and p = softmax(z), the chosen are the k largest. Their weights are p, made to sum
+to 1 for k > 1 (Mixtral); for k = 1 the weight is p itself (Switch), else it would have no gradient. All
+from the logits on is in float32 at least: half precision decides differently (Switch, section 2.4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from einops import einsum, rearrange, reduce
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memlib.nn.linear import Linear
+
+Losses = dict[str, Tensor]
+
+
+class Choice(NamedTuple):
+    """indices, log_weights: [b g k], best first; logits: [b g c]."""
+
+    indices: Tensor
+    log_weights: Tensor
+    logits: Tensor
+
+    @property
+    def weights(self) -> Tensor:
+        return self.log_weights.exp()
+
+
+@dataclass(frozen=True)
+class RouterLossOptions:
+    """Which losses a router has, and what each counts; `router_losses` has the equations."""
+
+    use_load_balance_loss: bool = True
+    load_balance_coefficient: float = 0.01
+    use_auxiliary_loss: bool = False
+    auxiliary_loss_coefficient: float = 0.01
+    use_z_loss: bool = False
+    z_loss_coefficient: float = 0.001
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """The coefficients of those that are switched on, by name."""
+        named = {
+            "load_balance": (self.use_load_balance_loss, self.load_balance_coefficient),
+            "auxiliary": (self.use_auxiliary_loss, self.auxiliary_loss_coefficient),
+            "z": (self.use_z_loss, self.z_loss_coefficient),
+        }
+        return {name: coefficient for name, (used, coefficient) in named.items() if used}
+
+
+class ChapterRouter(nn.Module):
+    """One choice for a whole sequence, from its mean: not causal, for prompts that are given in full.
+
+    router(hidden [b n d], attention_mask [b n]) -> (indices [b k], weights [b k], losses). `losses` holds
+    those that are switched on, each times its coefficient (`router_losses`); empty with
+    return_losses=False. Raises ValueError unless 1 <= top_k <= num_chapters.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        num_chapters: int,
+        top_k: int,
+        losses: RouterLossOptions = RouterLossOptions(),
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_chapters:
+            raise ValueError(f"top_k = {top_k}: must be 1 … num_chapters = {num_chapters}")
+        self.num_chapters, self.top_k = num_chapters, top_k
+        self.coefficients = losses.coefficients
+        self.proj = Linear(hidden_dim, num_chapters, bias=True)
+
+    def forward(
+        self, hidden: Tensor, attention_mask: Tensor | None = None, return_losses: bool = True
+    ) -> tuple[Tensor, Tensor, Losses]:
+        mask = real(hidden, attention_mask)
+        choice = self.choose(rearrange(masked_mean(hidden, mask), "b d -> b 1 d"))
+        losses = self.losses(choice, rearrange(mask.any(1), "b -> b 1")) if return_losses else {}
+        return choice.indices[:, 0], choice.weights[:, 0], losses
+
+    def choose(self, summary: Tensor) -> Choice:
+        """The choices that summaries [b g d] lead to."""
+        logits = self.proj(summary)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        best, indices = torch.log_softmax(logits, -1).topk(self.top_k, -1)
+        if self.top_k > 1:
+            best = torch.log_softmax(best, -1)
+        return Choice(indices, best, logits)
+
+    def losses(self, choice: Choice, counts: Tensor) -> Losses:
+        """The losses that are switched on, times their coefficients; counts: [b g], decisions that count."""
+        if not self.coefficients:
+            return {}
+        all_three = router_losses(choice.logits, choice.indices, counts)
+        return {name: coefficient * all_three[name] for name, coefficient in self.coefficients.items()}
+
+
+class TokenLevelRouter(ChapterRouter):
+    """Each token chooses for itself: -> (indices [b n k], weights [b n k], losses).
+
+    The document keeps it for generation, where one token is read at a time.
+    """
+
+    def forward(
+        self, hidden: Tensor, attention_mask: Tensor | None = None, return_losses: bool = True
+    ) -> tuple[Tensor, Tensor, Losses]:
+        return self.each(hidden, real(hidden, attention_mask), return_losses)
+
+    def each(self, summary: Tensor, mask: Tensor, return_losses: bool) -> tuple[Tensor, Tensor, Losses]:
+        """A choice for each token by its summary [b n d]; mask: [b n], tokens that count."""
+        choice = self.choose(summary)
+        return choice.indices, choice.weights, self.losses(choice, mask) if return_losses else {}
+
+
+class RollingRouter(TokenLevelRouter):
+    """Each token's choice rests on the mean of the last `window_size` tokens up to itself."""
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        num_chapters: int,
+        top_k: int,
+        window_size: int = 64,
+        losses: RouterLossOptions = RouterLossOptions(),
+    ) -> None:
+        super().__init__(hidden_dim, num_chapters, top_k, losses)
+        self.window_size = window_size
+
+    def forward(
+        self, hidden: Tensor, attention_mask: Tensor | None = None, return_losses: bool = True
+    ) -> tuple[Tensor, Tensor, Losses]:
+        mask = real(hidden, attention_mask)
+        return self.each(rolling_mean(hidden, mask, self.window_size), mask, return_losses)
+
+
+class HybridRouter(RollingRouter):
+    """Half what came before, half the rolling window: (mean of before + rolling mean) / 2.
+
+    router(hidden [b n d], before [b p d]); without `before` it is a `RollingRouter`.
+    """
+
+    def forward(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None = None,
+        return_losses: bool = True,
+        before: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Losses]:
+        mask = real(hidden, attention_mask)
+        summary = rolling_mean(hidden, mask, self.window_size)
+        if before is not None:
+            summary = (summary + reduce(before, "b p d -> b 1 d", "mean")) / 2
+        return self.each(summary, mask, return_losses)
+
+
+def router_losses(logits: Tensor, indices: Tensor, counts: Tensor | None = None) -> Losses:
+    """What keeps a router's choices spread and its logits small, without coefficients.
+
+    logits: [... c], indices: [... k] of the decisions that count: [...] (None: all); all zero where none
+    does. With f_c the share of the t k choices of t decisions that fell on c, and P_c the mean of p_c:
+
+        load_balance = C sum_c f_c P_c              Switch, arXiv 2101.03961, eq. 4; C^2 times GShard's
+                                                    mean_c f_c P_c, arXiv 2006.16668; 1 where even
+        auxiliary    = C sum_c (P_c - 1/C)^2        the squared coefficient of variation of use, over and
+                                                    under alike: Shazeer et al. 2017, arXiv 1701.06538
+        z            = mean_t logsumexp(z_t)^2      ST-MoE, arXiv 2202.08906, eq. 5
+    """
+    c = logits.shape[-1]
+    real = torch.ones_like(logits[..., 0]) if counts is None else counts.to(logits.dtype)
+    weight = real / real.sum().clamp(min=1)  # of each decision in a mean
+    chosen = reduce(F.one_hot(indices, c).to(logits.dtype), "... k c -> ... c", "mean")
+    share = einsum(weight, chosen, "..., ... c -> c")
+    use = einsum(weight, torch.softmax(logits, -1), "..., ... c -> c")
+    any_counts = real.amax()  # without a decision, nothing is uneven
+    return {
+        "load_balance": c * (share * use).sum(),
+        "auxiliary": any_counts * c * (use - 1 / c).square().sum(),
+        "z": (weight * torch.logsumexp(logits, -1).square()).sum(),
+    }
+
+
+def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the tokens that count, zero where none does: [b n d], [b n] -> [b d]."""
+    weight = mask.to(hidden.dtype)
+    total = reduce(hidden * rearrange(weight, "b n -> b n 1"), "b n d -> b d", "sum")
+    return total / rearrange(weight.sum(1).clamp(min=1), "b -> b 1")
+
+
+def rolling_mean(hidden: Tensor, mask: Tensor, window: int, newest: int | None = None) -> Tensor:
+    """The mean of the last `window` tokens that count up to each token: [b n d], [b n] -> [b n d].
+
+    newest: for that many last tokens only.
+    """
+    first = hidden.shape[1] - (hidden.shape[1] if newest is None else newest)
+    number = mask.cumsum(1)
+    now, then = rearrange(number[:, first:], "b n -> b n 1"), rearrange(number, "b m -> b 1 m")
+    near = (rearrange(mask, "b m -> b 1 m") & (then > now - window)).tril(first)
+    weight = near.to(hidden.dtype)
+    total = einsum(weight, hidden, "b n m, b m d -> b n d")
+    return total / weight.sum(-1, keepdim=True).clamp(min=1)
+
+
+def real(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask as booleans, all true where there is none: [b n]."""
+    return torch.ones_like(hidden[..., 0], dtype=torch.bool) if mask is None else mask.bool()

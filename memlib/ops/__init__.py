@@ -1,0 +1,97 @@
+"""The computations that memories share: pure functions of tensors.
+
+Each function `name` has a reference `name_reference` in the same file, written with plain torch and einops:
+same arguments, same answer. Only the implementation behind a name changes with device and mode.
+"""
+
+from memlib.ops.addressed import (
+    addressed_read,
+    addressed_read_reference,
+    addressed_weights,
+    addressed_weights_reference,
+    read_at,
+)
+from memlib.ops.attention import (
+    attention,
+    attention_reference,
+    attention_with_lse,
+    attention_with_lse_reference,
+    merge,
+    merge_reference,
+    merge_weight,
+    softmax_or_zero,
+)
+from memlib.ops.gated_write import (
+    decaying_write,
+    decaying_write_reference,
+    gated_write,
+    gated_write_reference,
+)
+from memlib.ops.memory_attention import (
+    memory_attention,
+    memory_attention_reference,
+    memory_attention_weights,
+)
+from memlib.ops.mix import mix, mix_reference
+from memlib.ops.quantized import (
+    dequantize,
+    dequantize_reference,
+    quantized_read,
+    quantized_read_reference,
+)
+from memlib.ops.rms_norm import rms_norm, rms_norm_reference
+from memlib.ops.search import (
+    TIE,
+    exact_search,
+    exact_search_reference,
+    nearest,
+    nearest_reference,
+)
+from memlib.ops.selected import (
+    selected_scores,
+    selected_scores_reference,
+    selected_sum,
+    selected_sum_reference,
+    top_index,
+)
+
+__all__ = [
+    "TIE",
+    "addressed_read",
+    "addressed_read_reference",
+    "addressed_weights",
+    "addressed_weights_reference",
+    "attention",
+    "attention_reference",
+    "attention_with_lse",
+    "attention_with_lse_reference",
+    "decaying_write",
+    "decaying_write_reference",
+    "dequantize",
+    "dequantize_reference",
+    "exact_search",
+    "exact_search_reference",
+    "gated_write",
+    "gated_write_reference",
+    "memory_attention",
+    "memory_attention_reference",
+    "memory_attention_weights",
+    "merge",
+    "merge_reference",
+    "merge_weight",
+    "mix",
+    "mix_reference",
+    "nearest",
+    "nearest_reference",
+    "quantized_read",
+    "quantized_read_reference",
+    "read_at",
+    "rms_norm",
+    "rms_norm_reference",
+    "selected_scores",
+    "selected_scores_reference",
+    "selected_sum",
+    "selected_sum_reference",
+    "softmax_or_zero",
+    "top_index",
+]

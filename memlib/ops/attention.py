@@ -1,0 +1,271 @@
+"""Softmax attention, with the log-sum-exp of its scores, and the exact merge of two attentions.
+
+Axes: b batch, h heads, n queries, m keys, k head width.
+
+    s_nm = scale q_n . k_m (+ bias_nm),   scale = 1 / sqrt(k) by default
+    out_n = sum_m softmax_m(s_nm) v_m,    lse_n = log sum_m exp(s_nm)
+
+Two attentions over separate sets of keys, each with its lse, merge into one softmax over both sets:
+
+    out = (1 - w) out_a + w out_b,        w = sigma(lse_b - lse_a)
+
+Sources: Vaswani et al. 2017, arXiv 1706.03762; Dao et al. 2022, arXiv 2205.14135 (lse and its backward pass).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale q k^T) v.
+
+    q: [b h n k], k: [b h m k], v: [b h m e]; mask: true = may attend, or a bias added to the scores,
+    broadcastable to [b h n m]; causal: query i attends to keys 0 … i. Returns [b h n e], zero for a query
+    that may attend to nothing. Raises ValueError if both mask and causal are given.
+    """
+    check_mask(mask, causal)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """`attention` with explicit scores."""
+    return attention_with_lse_reference(q, k, v, mask, causal=causal, scale=scale)[0]
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention` and the log-sum-exp of its scores, both differentiable.
+
+    Arguments as for `attention`, whose result `out` equals bit for bit. lse: [b h n], natural logarithm,
+    float32 at least, -inf for a query that may attend to nothing.
+    """
+    check_mask(mask, causal)
+    q, k, v = autocast(q, k, v)
+    learned = mask is not None and mask.is_floating_point() and mask.requires_grad
+    empty = not (q.shape[-2] and k.shape[-2] and q.shape[0] and q.shape[1])
+    if q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and not learned and not empty:
+        return flash(q, k, v, as_bias(mask, q), causal, q.shape[-1] ** -0.5 if scale is None else scale)
+    lse = logsumexp(scores(q, k, mask, causal, scale))
+    return attention(q, k, v, mask, causal=causal, scale=scale), lse
+
+
+def attention_with_lse_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention_with_lse` with explicit scores."""
+    check_mask(mask, causal)
+    score = scores(q, k, mask, causal, scale)
+    weight = softmax_or_zero(score)
+    return einsum(weight, v.to(weight.dtype), "b h n m, b h m e -> b h n e").to(v.dtype), logsumexp(score)
+
+
+def scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+    """The softmax's arguments in float32 at least, -inf where a query may not attend: [b h n m]."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    score = scale * einsum(q.to(wide), k.to(wide), "b h n k, b h m k -> b h n m")
+    if causal:
+        mask = torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is None:
+        return score
+    return score.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score + mask
+
+
+def softmax_or_zero(score: Tensor) -> Tensor:
+    """softmax over the last axis; zeros where every score is -inf."""
+    dead = score.isneginf().all(-1, keepdim=True)
+    return torch.softmax(score.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
+
+
+def logsumexp(score: Tensor) -> Tensor:
+    """Over the last axis; -inf, with a gradient of zero, where every score is -inf."""
+    dead = score.isneginf().all(-1, keepdim=True)
+    return score.masked_fill(dead, 0.0).logsumexp(-1).masked_fill(dead[..., 0], -torch.inf)
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, logit: Tensor | float = 0.0) -> Tensor:
+    """One softmax over the keys of a and b, from an attention over each; logit is added to b's scores.
+
+    out_a, out_b: [b h n k]; lse_a, lse_b: [b h n]; logit: a number or broadcastable to [b h n] -> [b h n k].
+    Where b is shut (lse_b or logit is -inf) the result is out_a, bit for bit.
+    """
+    weight = merge_weight(lse_a, lse_b, logit)
+    return torch.lerp(out_a, out_b, rearrange(weight, "b h n -> b h n 1").to(out_a.dtype))
+
+
+def merge_weight(lse_a: Tensor, lse_b: Tensor, logit: Tensor | float = 0.0) -> Tensor:
+    """Share of b in `merge`, sigma(lse_b + logit - lse_a), 0 where b is shut: [b h n]."""
+    shifted = lse_b + logit
+    return torch.sigmoid(torch.where(shifted.isneginf(), -torch.inf, shifted - lse_a))
+
+
+def merge_reference(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, logit: Tensor | float = 0.0
+) -> Tensor:
+    """`merge` as a sum of two weighted outputs."""
+    lse = torch.stack(torch.broadcast_tensors(lse_a, lse_b + logit))
+    top = lse.amax(0)
+    raised = torch.exp(lse - torch.where(top.isneginf(), 0.0, top))
+    weight = raised / raised.sum(0).clamp(min=torch.finfo(lse.dtype).tiny)
+    share_a, share_b = rearrange(weight, "two b h n -> two b h n 1")
+    return (share_a * out_a + share_b * out_b).to(out_a.dtype)
+
+
+def check_mask(mask: Tensor | None, causal: bool) -> None:
+    if mask is not None and causal:
+        raise ValueError("mask and causal = True: give one; a causal mask can be combined by `&` beforehand")
+
+
+def as_bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """A mask as something to add to scores, as F.scaled_dot_product_attention makes it."""
+    if mask is None or mask.dtype != torch.bool:
+        return None if mask is None else mask.to(like.dtype)
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, -torch.inf)
+
+
+def autocast(*tensors: Tensor) -> list[Tensor]:
+    """Tensors in autocast's precision where that is on, as F.scaled_dot_product_attention takes them."""
+    kind = tensors[0].device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    return [t.to(tensors[0].dtype) for t in tensors]
+
+
+@torch.library.custom_op("memlib::flash", mutates_args=(), device_types="cpu")
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """torch's flash attention for the CPU and its lse. bias: without a gradient."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=full(bias), scale=scale
+    )
+    lse = lse.contiguous()
+    return out, lse if bias is None else lse.masked_fill_(nothing(bias), -torch.inf)
+
+
+@flash.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=wide)
+
+
+@torch.library.custom_op("memlib::flash_backward", mutates_args=(), device_types="cpu")
+def flash_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v for both outputs of `flash`.
+
+    With p = softmax(s), the score's gradient is ds = p (dout . v - dout . out + dlse). torch's kernel takes
+    no dlse, but it uses `out` only for dout . out. So it is given another out' with
+
+        dout . out' = dout . out - dlse,    out' = out - sign(dout) dlse / |dout|_1
+
+    The first entry of dout is moved by an amount below the rounding of dlse, so that dout is not zero.
+    """
+    dtype = q.dtype
+    wide = torch.promote_types(dtype, torch.float32)  # out' needs more digits than half precision has
+    grad_out, q, k, v, out = (t.to(wide) for t in (grad_out, q, k, v, out))
+    dead = lse.isneginf()
+    grad_lse, lse = grad_lse.masked_fill(dead, 0.0), lse.masked_fill(dead, 0.0)
+    grad_out = grad_out.clone()
+    least = torch.finfo(wide).eps * 2.0**-20
+    grad_out[..., 0] += torch.copysign(least * grad_lse, grad_out[..., 0])
+    share = (grad_lse / torch.linalg.vector_norm(grad_out, 1, dim=-1)).nan_to_num_(0.0, 0.0, 0.0)
+    moved = torch.addcmul(out, torch.sign(grad_out), rearrange(share, "b h n -> b h n 1"), value=-1)
+    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out, q, k, v, moved, lse, 0.0, causal, attn_mask=full(bias, wide), scale=scale
+    )
+    return tuple(grad.to(dtype) for grad in found)
+
+
+@flash_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def like(tensor: Tensor) -> Tensor:
+        b, h, n, width = tensor.shape
+        return tensor.new_empty(b, n, h, width).transpose(1, 2)
+
+    return like(q), like(k), like(v)
+
+
+def full(bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """A bias with the two or four axes that torch's kernel takes."""
+    if bias is None:
+        return None
+    return (bias if bias.ndim in (2, 4) else bias[(None,) * (4 - bias.ndim)]).to(dtype or bias.dtype)
+
+
+def nothing(bias: Tensor) -> Tensor:
+    """Queries that may attend to nothing, broadcastable to [b h n]."""
+    return bias.isneginf().all(-1)
+
+
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, bias, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, bias, *output)
+
+
+def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> Any:
+    q, k, v, bias, out, lse = ctx.saved_tensors
+    found = flash_backward(grad_out, grad_lse, q, k, v, out, lse, bias, ctx.causal, ctx.scale)
+    return *found, None, None, None
+
+
+flash.register_autograd(backward, setup_context=save_for_backward)

@@ -1,0 +1,18 @@
+"""Which implementation of an operation runs.
+
+Every operation of `memlib.ops` has a reference of plain torch and einops. Plain CPU tensors in eager mode
+take a faster path that is written by hand. `torch.compile` and `torch.export` trace the reference, unless an
+operation says otherwise: the compiler fuses it, and an exported program contains ATen operators only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def eager_cpu(*tensors: Tensor | None) -> bool:
+    """True if all tensors are plain CPU tensors (no subclass) and nothing is being traced."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(t is None or (type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu") for t in tensors)

@@ -1,0 +1,180 @@
+"""Writing a segment of tokens into slots, without a loop over tokens.
+
+Axes: b batch, n tokens, s slots, e slot width, h banks.
+
+`gated_write`: token after token, each erases a part of every slot and adds a part of its value:
+
+    M_s <- (1 - erase_ts) M_s + strength_ts value_t        for t = 1 … n
+
+After the last token, what token t wrote has been multiplied by every later (1 - erase):
+
+    M_s' = prod_u (1 - erase_us) M_s + sum_t strength_ts later_ts value_t
+    later_ts = prod_{u>t} (1 - erase_us)
+
+`decaying_write`: the same with one decay per token and bank instead of an erasure per token and slot.
+
+The state's dtype, at least float32 inside, decides: inputs are cast to it, and the result has it.
+Sources: the gates, Kang et al. 2025, arXiv 2502.06049; the product form, Yang et al. 2023, arXiv 2312.06635.
+"""
+
+from __future__ import annotations
+
+from math import isqrt
+from typing import Any
+
+import torch
+from einops import einsum, rearrange, reduce
+from torch import Tensor
+from torch.nn import functional as F
+
+from memlib.ops.dispatch import eager_cpu
+
+
+def gated_write(slots: Tensor, strength: Tensor, erase: Tensor, values: Tensor) -> Tensor:
+    """The slots after all tokens have written.
+
+    slots: [b s e], strength, erase: [b n s], values: [b n e] -> [b s e]. erase must lie in 0 … 1; at 1 the
+    earlier content of a slot is erased completely.
+    """
+    dtype = torch.promote_types(slots.dtype, torch.float32)
+    wide = [t.to(dtype) for t in (slots, strength, erase, values)]
+    if eager_cpu(*wide) and all(t.numel() for t in wide):
+        return GatedWrite.apply(*wide)[0].to(slots.dtype)
+    return gated_write_traced(*wide).to(slots.dtype)
+
+
+def gated_write_reference(slots: Tensor, strength: Tensor, erase: Tensor, values: Tensor) -> Tensor:
+    """`gated_write` token after token."""
+    dtype = torch.promote_types(slots.dtype, torch.float32)
+    written = slots.to(dtype)
+    for t in range(values.shape[1]):
+        keep = rearrange(1 - erase[:, t].to(dtype), "b s -> b s 1")
+        new = einsum(strength[:, t].to(dtype), values[:, t].to(dtype), "b s, b e -> b s e")
+        written = keep * written + new
+    return written.to(slots.dtype)
+
+
+def gated_write_traced(slots: Tensor, strength: Tensor, erase: Tensor, values: Tensor) -> Tensor:
+    """`gated_write` by logarithms, a form that compilers fuse. Erasures stop just below 1."""
+    remain = torch.log1p(-erase.clamp(max=1 - torch.finfo(erase.dtype).eps))
+    total = reduce(remain, "b n s -> b 1 s", "sum")
+    later = torch.exp(total - torch.cumsum(remain, 1))
+    kept = slots * rearrange(torch.exp(total), "b 1 s -> b s 1")
+    return kept + einsum(strength * later, values, "b n s, b n e -> b s e")
+
+
+def decaying_write(
+    slots: Tensor, address: Tensor, strength: Tensor, log_decay: Tensor, values: Tensor
+) -> Tensor:
+    """Banks that accumulate and decay, after all tokens have written.
+
+        M_h' = exp(sum_u log_decay_uh) M_h + sum_t exp(sum_{u>t} log_decay_uh) strength_th address_ths value_t
+
+    slots: [b h s e], address: [b n h s], strength, log_decay: [b n h], values: [b n e] -> [b h s e].
+    """
+    dtype = torch.promote_types(slots.dtype, torch.float32)
+    address, strength, log_decay, values = (t.to(dtype) for t in (address, strength, log_decay, values))
+    total = reduce(log_decay, "b n h -> b 1 h", "sum")
+    coefficient = strength * torch.exp(total - torch.cumsum(log_decay, 1))
+    weight = address * rearrange(coefficient, "b n h -> b n h 1")
+    kept = slots.to(dtype) * rearrange(torch.exp(total), "b 1 h -> b h 1 1")
+    new = rearrange(weight, "b n h s -> b (h s) n") @ values
+    return torch.add(kept, rearrange(new, "b (h s) e -> b h s e", h=slots.shape[1])).to(slots.dtype)
+
+
+def decaying_write_reference(
+    slots: Tensor, address: Tensor, strength: Tensor, log_decay: Tensor, values: Tensor
+) -> Tensor:
+    """`decaying_write` token after token."""
+    dtype = torch.promote_types(slots.dtype, torch.float32)
+    written = slots.to(dtype)
+    for t in range(values.shape[1]):
+        keep = rearrange(torch.exp(log_decay[:, t].to(dtype)), "b h -> b h 1 1")
+        share = rearrange(strength[:, t].to(dtype), "b h -> b h 1") * address[:, t].to(dtype)
+        written = keep * written + einsum(share, values[:, t].to(dtype), "b h s, b e -> b h s e")
+    return written.to(slots.dtype)
+
+
+class GatedWrite(torch.autograd.Function):
+    """`gated_write` by products instead of logarithms: exact where erase is 1, and with fewer temporaries.
+
+    Outputs: the slots, and what the backward pass needs, later and prod_u (1 - erase_u).
+    """
+
+    @staticmethod
+    def forward(
+        slots: Tensor, strength: Tensor, erase: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        later, total = later_products(1 - erase)
+        weight = rearrange(later * strength, "b n s -> b s n")
+        kept = slots * rearrange(total, "b s -> b s 1")
+        return torch.baddbmm(kept, weight, values), later, total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> Any:
+        """dL/d(1 - erase_u) = later_u R_u, with R the gradient of what stood before token u, summed:
+
+        R_1 = sum_e grad M,   R_{u+1} = (1 - erase_u) R_u + strength_u (grad . value_u)
+        """
+        slots, strength, erase, values, later, total = ctx.saved_tensors
+        grad_values = torch.bmm(later * strength, grad)
+        inner = torch.bmm(values, rearrange(grad, "b s e -> b e s"))
+        first = einsum(grad, slots, "b s e, b s e -> b s")
+        grad_erase = recurrence(first, 1 - erase, inner * strength).mul_(later).neg_()
+        grad_slots = grad * rearrange(total, "b s -> b s 1")
+        return grad_slots, inner.mul_(later), grad_erase, grad_values
+
+
+def later_products(remain: Tensor) -> tuple[Tensor, Tensor]:
+    """prod_{u>t} remain_u for each t: [b n s], and prod_u remain_u: [b s].
+
+    In blocks of about sqrt(n) tokens: the products inside all blocks at once, then from block to block.
+    """
+    n = remain.shape[1]
+    blocks = in_blocks(remain, 1.0)
+    later = torch.empty_like(blocks)
+    later[:, :, -1] = 1.0
+    for i in range(blocks.shape[2] - 2, -1, -1):
+        torch.mul(blocks[:, :, i + 1], later[:, :, i + 1], out=later[:, :, i])
+    whole = blocks[:, :, 0] * later[:, :, 0]
+    beyond = torch.ones_like(whole)
+    for i in range(whole.shape[1] - 2, -1, -1):
+        torch.mul(whole[:, i + 1], beyond[:, i + 1], out=beyond[:, i])
+    later.mul_(rearrange(beyond, "b m s -> b m 1 s"))
+    return rearrange(later, "b m c s -> b (m c) s")[:, :n], whole[:, 0] * beyond[:, 0]
+
+
+def in_blocks(tensor: Tensor, fill: float) -> Tensor:
+    """n tokens in blocks of about sqrt(n), the last one filled up: [b n s] -> [b m c s]."""
+    n = tensor.shape[1]
+    block = isqrt(n - 1) + 1
+    if n % block:
+        tensor = F.pad(tensor, (0, 0, 0, -n % block), value=fill)
+    return rearrange(tensor, "b (m c) s -> b m c s", c=block)
+
+
+def recurrence(first: Tensor, remain: Tensor, added: Tensor) -> Tensor:
+    """R_1 = first, R_{t+1} = remain_t R_t + added_t; first: [b s], the others: [b n s] -> R: [b n s].
+
+    In blocks as `later_products`: inside all blocks at once from zero, then with what each block begins with.
+    """
+    n = remain.shape[1]
+    remain, added = in_blocks(remain, 0.0), in_blocks(added, 0.0)
+    inside, product = torch.empty_like(added), torch.empty_like(remain)
+    inside[:, :, 0], product[:, :, 0] = 0.0, 1.0
+    for i in range(remain.shape[2] - 1):
+        torch.addcmul(added[:, :, i], remain[:, :, i], inside[:, :, i], out=inside[:, :, i + 1])
+        torch.mul(remain[:, :, i], product[:, :, i], out=product[:, :, i + 1])
+    last = torch.addcmul(added[:, :, -1], remain[:, :, -1], inside[:, :, -1])
+    passed = remain[:, :, -1] * product[:, :, -1]
+    begins = torch.zeros_like(last)
+    begins[:, 0] = first
+    for i in range(last.shape[1] - 1):
+        torch.addcmul(last[:, i], passed[:, i], begins[:, i], out=begins[:, i + 1])
+    inside.addcmul_(product, rearrange(begins, "b m s -> b m 1 s"))
+    return rearrange(inside, "b m c s -> b (m c) s")[:, :n]
