@@ -10,16 +10,29 @@ import types
 from dataclasses import field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+UNSET: Any = object()  # None may be an option's small value
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the path, the value and the remedy."""
 
 
 def option(
-    default: Any, doc: str, low: float | None = None, high: float | None = None, known_as: str | None = None
+    default: Any,
+    doc: str,
+    low: float | None = None,
+    high: float | None = None,
+    known_as: str | None = None,
+    small: Any = UNSET,
 ) -> Any:
-    """A dataclass field with its documentation and inclusive limits; known_as: the design's name for it."""
+    """A dataclass field with its documentation and inclusive limits; known_as: the design's name for it.
+
+    small: the value for tests, required for every integer option of a memory. It is small enough to be
+    cheap and large enough to have several of everything.
+    """
     metadata = {"doc": doc, "low": low, "high": high, "known_as": known_as}
+    if small is not UNSET:
+        metadata["small"] = small
     if isinstance(default, (list, dict)) or callable(default):
         factory = default if callable(default) else (lambda: type(default)(default))
         return field(default_factory=factory, metadata=metadata)

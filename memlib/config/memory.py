@@ -30,6 +30,11 @@ class MemoryOptions:
         """Whether what it says depends on what earlier segments said."""
         return True
 
+    @property
+    def carries_in_training(self) -> bool:
+        """The same in training, where a memory may choose by other options."""
+        return self.carries
+
     def check(self, model: ModelConfig, path: str) -> None:
         """Refuse combinations of this memory's options that cannot work, with a ConfigError."""
 
@@ -38,12 +43,13 @@ class MemoryOptions:
 class InternalMemoryConfig(MemoryOptions):
     """LM2's slots: persistent state, cross-attention read, gated write (spec A2)."""
 
-    num_slots: int = option(64, "slots s of the memory", 1)
-    slot_dim: int | None = option(None, "width of a slot; hidden_dim if null", 1)
+    num_slots: int = option(64, "slots s of the memory", 1, small=8)
+    slot_dim: int | None = option(None, "width of a slot; hidden_dim if null", 1, small=12)
     num_heads: int = option(
         4,
         "heads of the attention; addressed: independent address books, num_slots / num_heads each",
         1,
+        small=2,
     )
     write: Literal["addressed", "attention"] = option(
         "addressed",
@@ -92,10 +98,12 @@ class IndexConfig:
 class ExternalMemoryConfig(MemoryOptions):
     """Past tokens' key-value pairs, of which each token retrieves the nearest (spec A3)."""
 
-    num_heads: int = option(4, "heads of the memory's attention; each searches its own keys", 1)
-    capacity: int = option(4096, "tokens kept of each stream; beyond it, eviction", 1)
-    top_k: int = option(32, "tokens that come back for each query and head", 1)
-    retrieval_every: int = option(1, "of the memory layers, each n-th one has it: with 6 the 6th, 12th, …", 1)
+    num_heads: int = option(4, "heads of the memory's attention; each searches its own keys", 1, small=2)
+    capacity: int = option(4096, "tokens kept of each stream; beyond it, eviction", 1, small=6)
+    top_k: int = option(32, "tokens that come back for each query and head", 1, small=3)
+    retrieval_every: int = option(
+        1, "of the memory layers, each n-th one has it: with 6 the 6th, 12th, …", 1, small=1
+    )
     join: Literal["fusion", "heads", "joint"] = option(
         "fusion",
         "how what came back meets the window's attention. fusion: by the block's gating network; "
@@ -105,7 +113,9 @@ class ExternalMemoryConfig(MemoryOptions):
     eviction: Literal["oldest", "least_retrieved"] = option(
         "oldest", "which token makes room for a new one at capacity"
     )
-    chunk: int = option(1, "tokens that share one key, their mean, and come back together (LongMem: 4)", 1)
+    chunk: int = option(
+        1, "tokens that share one key, their mean, and come back together (LongMem: 4)", 1, small=1
+    )
     shared_address: bool = option(True, "queries and keys use one projection; the papers use two")
     shift_init: float = option(
         1.0, "a key starts as this part previous token, the rest current; the papers: 0", 0.0, 1.0
@@ -128,7 +138,7 @@ class ExternalMemoryConfig(MemoryOptions):
         True, "inference weighs what came back by sigma(g), as training does; false, the document: whole"
     )
     exploration: float = option(
-        0.0, "training: scale of the noise on g, under which gates learn to be open or shut", 0.0
+        0.0, "training: scale of the noise on g, under which gates learn to be open or shut", 0.0, small=0.0
     )
     retrieval_cost: float = option(
         0.0, "training adds this x mean sigma(g) to the loss: what a search must be worth", 0.0
@@ -180,12 +190,12 @@ class ExternalMemoryConfig(MemoryOptions):
 class HdsMemoryConfig(MemoryOptions):
     """The hierarchy of levels over several banks that forget at their own pace (spec C1-C4)."""
 
-    num_memories: int = option(8, "banks K, each with its own addresses and its own half-life", 1)
-    num_slots: int = option(1024, "slots M of each bank", 1)
-    mem_dim: int = option(512, "width of a slot", 1)
-    address_dim: int = option(64, "width of a bank's addresses", 1)
-    chunk_size: int = option(64, "tokens in a block of level 1", 1)
-    num_blocks: int = option(32, "complete blocks that level 1 keeps, the newest", 1)
+    num_memories: int = option(8, "banks K, each with its own addresses and its own half-life", 1, small=2)
+    num_slots: int = option(1024, "slots M of each bank", 1, small=8)
+    mem_dim: int = option(512, "width of a slot", 1, small=6)
+    address_dim: int = option(64, "width of a bank's addresses", 1, small=4)
+    chunk_size: int = option(64, "tokens in a block of level 1", 1, small=3)
+    num_blocks: int = option(32, "complete blocks that level 1 keeps, the newest", 1, small=2)
     half_life_min: float = option(1.0, "half-life of the fastest bank at the start, in segments", 0.0)
     half_life_max: float = option(128.0, "half-life of the slowest bank; the others lie evenly between", 0.0)
     decay: Literal["trained", "fixed"] = option(
@@ -209,8 +219,8 @@ class HdsMemoryConfig(MemoryOptions):
 class LtmMemoryConfig(MemoryOptions):
     """The LTM transformer's bank: compression gate, gated update, attention over slots (spec B1-B3)."""
 
-    num_slots: int = option(512, "slots s of the bank", 1)
-    slot_dim: int = option(64, "width of a slot: half its key, half what it says", 2)
+    num_slots: int = option(512, "slots s of the bank", 1, small=8)
+    slot_dim: int = option(64, "width of a slot: half its key, half what it says", 2, small=12)
     memory_compression_ratio: float = option(0.5, "part of a segment's tokens that survive", 0.0, 1.0)
     keep: Literal["learned", "random"] = option(
         "learned", "which survive; learned: the most important; random: by lot, the control"
@@ -218,14 +228,14 @@ class LtmMemoryConfig(MemoryOptions):
     attention: Literal["dense", "sparse"] = option(
         "dense", "dense: a token reads every slot; sparse: its top_k best"
     )
-    top_k: int = option(16, "sparse: slots a token reads", 1)
+    top_k: int = option(16, "sparse: slots a token reads", 1, small=3)
     sharpness: float = option(4.0, "initial scale of the scores; a random key's have this deviation", 0.0)
     shift_init: float = option(
         1.0, "a token is filed under this part previous token, the rest itself", 0.0, 1.0
     )
     importance_bias: float = option(0.0, "initial bias of the importance score")
     exploration: float = option(
-        1.0, "training: scale of the noise under which learned importance picks the survivors", 0.0
+        1.0, "training: scale of the noise under which learned importance picks the survivors", 0.0, small=0.0
     )
     slots: Literal["fixed", "adaptive"] = option(
         "fixed",
@@ -235,7 +245,7 @@ class LtmMemoryConfig(MemoryOptions):
     match_threshold: float = option(
         0.7, "adaptive: cosine from which a key is a slot's own, for writing and for use", 0.0, 1.0
     )
-    reclaim_after: int = option(256, "adaptive: segments without use after which a slot is free", 1)
+    reclaim_after: int = option(256, "adaptive: segments without use after which a slot is free", 1, small=2)
     prune_below: float = option(0.05, "adaptive: a slot whose value is shorter is free", 0.0, 1.0)
 
     def check(self, model: ModelConfig, path: str) -> None:
@@ -252,9 +262,9 @@ class LtmMemoryConfig(MemoryOptions):
 class RingMemoryConfig(MemoryOptions):
     """The simplified prototype: a ring of the newest tokens, and a store evicted by last use (spec C5)."""
 
-    short_slots: int = option(512, "places r of the ring: the newest tokens", 1)
-    long_slots: int = option(512, "places l of the store: what left the ring", 1)
-    slot_dim: int = option(512, "width of an item: half its key, half its value", 2)
+    short_slots: int = option(512, "places r of the ring: the newest tokens", 1, small=3)
+    long_slots: int = option(512, "places l of the store: what left the ring", 1, small=4)
+    slot_dim: int = option(512, "width of an item: half its key, half its value", 2, small=16)
     sharpness: float = option(4.0, "initial scale of the scores; a random key's have this deviation", 0.0)
     shift_init: float = option(
         1.0, "a token is filed under this part previous token, the rest itself", 0.0, 1.0
@@ -274,25 +284,28 @@ class RingMemoryConfig(MemoryOptions):
 class ChaptersMemoryConfig(MemoryOptions):
     """Learnable memory tokens, whole or in chapters chosen by a router (spec D1-D5, D7)."""
 
-    num_memory_tokens: int = option(1024, "learnable tokens of a bank", 1)
-    memory_dim: int | None = option(None, "width of a token; hidden_dim if null", 1)
+    num_memory_tokens: int = option(1024, "learnable tokens of a bank", 1, small=8)
+    memory_dim: int | None = option(None, "width of a token; hidden_dim if null", 1, small=12)
     init_std: float = option(0.02, "tokens start normal with this deviation", 0.0)
-    num_heads: int = option(4, "heads of the attention over the tokens", 1)
+    num_heads: int = option(4, "heads of the attention over the tokens", 1, small=2)
     use_flash_attention: bool = option(True, "torch's fused attention; off: the same in plain steps")
     gradient_checkpointing: bool = option(False, "compute the attention again in the backward pass")
-    use_low_rank_memory: bool = option(False, "keep the tokens in fewer numbers")
-    memory_rank: int = option(64, "rank r of low-rank tokens", 1)
+    use_low_rank_memory: bool = option(False, "keep the tokens in fewer numbers", small=True)
+    memory_rank: int = option(64, "rank r of low-rank tokens", 1, small=4)
     low_rank_mode: Literal["factorized", "reduced_dim"] = option(
         "factorized", "factorized: M = A B^T; reduced_dim: tokens of width r, attended to at that width"
     )
     use_low_rank_projections: bool = option(False, "attend at width projection_rank instead of hidden_dim")
-    projection_rank: int = option(64, "inner width of low-rank projections", 1)
+    projection_rank: int = option(64, "inner width of low-rank projections", 1, small=6)
     use_chapters: bool = option(True, "read the chapters a router chooses; off: read all tokens")
-    num_chapters: int = option(16, "chapters c; must divide num_memory_tokens", 1)
+    num_chapters: int = option(16, "chapters c; must divide num_memory_tokens", 1, small=4)
     tokens_per_chapter: int | None = option(
-        None, "tokens of a chapter; num_memory_tokens / num_chapters if null, else it must be that", 1
+        None,
+        "tokens of a chapter; num_memory_tokens / num_chapters if null, else it must be that",
+        1,
+        small=2,
     )
-    top_k_chapters: int = option(4, "chapters k that are read", 1)
+    top_k_chapters: int = option(4, "chapters k that are read", 1, small=2)
     routing_strategy_train: Literal["sequence"] = option(
         "sequence", "in training. sequence: by the mean of the segment before, for the whole segment"
     )
@@ -301,20 +314,24 @@ class ChaptersMemoryConfig(MemoryOptions):
         "in use. rolling: by the mean of the last tokens; token: by each token; hybrid: half sequence, "
         "half rolling",
     )
-    routing_window_size: int = option(64, "rolling, hybrid: tokens in the mean", 1)
+    routing_window_size: int = option(64, "rolling, hybrid: tokens in the mean", 1, small=6)
     use_load_balance_loss: bool = option(True, "training: even use of the chapters, as Switch has it")
-    load_balance_coefficient: float = option(0.01, "what it counts", 0.0)
+    load_balance_coefficient: float = option(0.01, "what it counts", 0.0, small=0.0)
     use_auxiliary_loss: bool = option(False, "training: no chapter used too much or too little on average")
     auxiliary_loss_coefficient: float = option(0.01, "what it counts", 0.0)
     use_z_loss: bool = option(False, "training: small router logits, as ST-MoE has it")
     z_loss_coefficient: float = option(0.001, "what it counts", 0.0)
     quantize_memory: bool = option(False, "train the tokens through rounding to few bits")
-    memory_quant_bits: int = option(8, "bits of a number: 8 or 4", 4, 8)
-    quant_group_size: int = option(64, "numbers that share a scale, at most", 1)
+    memory_quant_bits: int = option(8, "bits of a number: 8 or 4", 4, 8, small=8)
+    quant_group_size: int = option(64, "numbers that share a scale, at most", 1, small=3)
 
     @property
     def carries(self) -> bool:
         return self.use_chapters and self.routing_strategy_inference != "token"
+
+    @property
+    def carries_in_training(self) -> bool:
+        return self.use_chapters
 
     def check(self, model: ModelConfig, path: str) -> None:
         reduced = self.use_low_rank_memory and self.low_rank_mode == "reduced_dim"

@@ -17,8 +17,8 @@ LENGTHS = [1, SEGMENT - 1, 2 * SEGMENT + 1, 3 * SEGMENT]  # inside a segment, ov
 T = max(LENGTHS)
 
 
-def one_of(kind: str, sharing: str = "per_layer") -> Case:
-    return Case(f"{kind}-{sharing}", {"memory_sharing": sharing}, {kind: variants(kind)[0]})
+def one_of(kind: str, sharing: str = "per_layer", **options) -> Case:
+    return Case(f"{kind}-{sharing}", {"memory_sharing": sharing}, {kind: variants(kind)[0] | options})
 
 
 CASES = [
@@ -150,15 +150,18 @@ def test_a_batch_state_goes_in_and_comes_out_where_rows_stand_together():
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_with_stores_as_without(cached):
-    """Uncached, each step files the stream again, in a copy: nothing that was filed is seen twice."""
-    ids, mask = prompts()
-    want = generate(one_of("external").build(), ids, mask, max_new_tokens=7)
-    model = one_of("external").build()
+    """Uncached, each step files the stream again, in a copy: nothing that was filed is seen twice.
+
+    The capacity is above the stream's length, because a full store cannot go back to an older state.
+    """
+    case, (ids, mask) = one_of("external", capacity=24), prompts()
+    want = generate(case.build(), ids, mask, max_new_tokens=7)
+    model = case.build()
     attach_stores(model)
     got = generate(model, ids, mask, max_new_tokens=7, cached=cached)
     assert torch.equal(got.tokens, want.tokens)
     more = generate(model, *prompts([3, 1, 2, 2]), got.states, max_new_tokens=4, cached=cached)
-    there = generate(one_of("external").build(), *prompts([3, 1, 2, 2]), want.states, max_new_tokens=4)
+    there = generate(case.build(), *prompts([3, 1, 2, 2]), want.states, max_new_tokens=4)
     assert torch.equal(more.tokens, there.tokens)
 
 

@@ -29,8 +29,8 @@ DRAWN = GenerationConfig(max_new_tokens=7, temperature=2.0)
 GREEDY = GenerationConfig(max_new_tokens=7)
 
 
-def model_of(kind="internal"):
-    return Case(kind, {}, {kind: variants(kind)[0]}).build()
+def model_of(kind="internal", **options):
+    return Case(kind, {}, {kind: variants(kind)[0] | options}).build()
 
 
 def words(count, seed):
@@ -169,7 +169,7 @@ def test_forgetting_drops_what_a_store_holds():
 @pytest.mark.parametrize("call", ["replies", "tell"])
 def test_forgetting_drops_what_a_failed_call_filed(call):
     """New streams at once, since nobody knows them; a known user's with the user."""
-    model = model_of("external")
+    model = model_of("external", capacity=64)  # a full store could not go back to before the failed call
     stores = attach_stores(model)
     sessions = open_sessions(model)
     sessions.tell("ann", words(9, 0))

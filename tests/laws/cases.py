@@ -1,16 +1,19 @@
-"""Every architecture the registry offers, as a tiny model in float64.
+"""Every architecture the registry offers, as a tiny model.
 
 No memory is named here. A memory that is registered (its file, its dataclass and field in
-`memlib.config`, its line in `MEMORIES`) is a case in each variant its dataclass offers as a `Literal`.
+`memlib.config`, its line in `MEMORIES`) is a case in each variant its dataclass offers as a `Literal`, in
+the sizes its options give as `small`. Cases are in float64, where a difference is a fault and not rounding;
+`in_float32` gives the same cases as models are used.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
+from torch import nn
 
 from memlib import config as configuration
 from memlib.config import Config, ModelConfig
@@ -18,29 +21,6 @@ from memlib.memory import MEMORIES
 from memlib.models import MemoryTransformer
 
 SEGMENT, VOCAB, BATCH = 4, 17, 3
-SMALL = {  # sizes by field name, in any memory's dataclass
-    "num_slots": 8,
-    "num_heads": 2,
-    "num_memories": 2,
-    "mem_dim": 6,
-    "address_dim": 4,
-    "chunk_size": 3,
-    "num_blocks": 2,
-    "capacity": 12,
-    "top_k": 3,
-    "short_slots": 3,
-    "long_slots": 4,
-    "slot_dim": 16,
-    "reclaim_after": 2,
-    "num_memory_tokens": 8,
-    "use_low_rank_memory": True,
-    "memory_rank": 4,
-    "num_chapters": 4,
-    "top_k_chapters": 2,
-    "routing_window_size": 6,
-    "load_balance_coefficient": 0.0,  # else a piece without answers has a gradient too
-}
-
 SHARINGS = ("shared", "per_layer", "every_k_layers")
 FUSIONS = {
     "residual_A": {"fusion": "residual", "memory_block_variant": "A"},
@@ -57,6 +37,7 @@ class Case:
     name: str
     memory: dict[str, Any]
     kinds: dict[str, dict[str, Any]]
+    dtype: torch.dtype = torch.float64
 
     def __str__(self) -> str:
         return self.name
@@ -79,7 +60,7 @@ class Case:
         """The model as training would start it; `memory` overrides MemoryConfig's options."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return MemoryTransformer(self.config(**memory)).double().eval()
+            return MemoryTransformer(self.config(**memory)).to(self.dtype).eval()
 
     def build(self) -> MemoryTransformer:
         """The model with every parameter moved off its start: always the same weights."""
@@ -87,17 +68,18 @@ class Case:
 
 
 @torch.no_grad()
-def stir(model: MemoryTransformer, size: float = 0.3) -> MemoryTransformer:
+def stir(model: nn.Module, size: float = 0.3, seed: int = 1) -> Any:
     """Add noise to every parameter: gates and output maps that start at zero would hide what is wrong."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter += size * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     return model
 
 
-def carries(config: Config) -> bool:
-    """Whether something said in one segment can reach a later one."""
-    return any(getattr(config.memory, kind).carries for kind in config.memory.kinds)
+def carries(config: Config, training: bool = False) -> bool:
+    """Whether something said in one segment can reach a later one, in use or in training."""
+    options = [getattr(config.memory, kind) for kind in config.memory.kinds]
+    return any(one.carries_in_training if training else one.carries for one in options)
 
 
 def memory_config(kind: str) -> type:
@@ -105,11 +87,23 @@ def memory_config(kind: str) -> type:
     return get_type_hints(configuration.MemoryConfig)[kind]
 
 
+def small_options(kind: str) -> dict[str, Any]:
+    """A memory's options that have a small value for tests, with these values."""
+    return {f.name: f.metadata["small"] for f in fields(memory_config(kind)) if "small" in f.metadata}
+
+
+def without_small_value(kind: str) -> list[str]:
+    """The integer options of a memory that have no small value. Options in groups of their own need none."""
+    hints = get_type_hints(memory_config(kind))
+    integers = [name for name, hint in hints.items() if int in (hint, *get_args(hint))]
+    return [name for name in integers if name not in small_options(kind)]
+
+
 def variants(kind: str) -> list[dict[str, Any]]:
     """Options for the choices a memory's dataclass offers, in small sizes: every combination of them, or,
     where these are many, as many as it takes to have each two choices together."""
     hints = get_type_hints(memory_config(kind))
-    sizes = {name: value for name, value in SMALL.items() if name in hints}
+    sizes = small_options(kind)
     choices = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
     picks = list(itertools.product(*choices.values()))
     if len(picks) > MANY_COMBINATIONS:
@@ -153,6 +147,11 @@ def cases() -> list[Case]:
         found += [Case(f"all-{s}", {"memory_sharing": s}, together) for s in SHARINGS]
         found += [Case(f"all-{name}", fusion, together) for name, fusion in FUSIONS.items()]
     return found
+
+
+def in_float32(case: Case) -> Case:
+    """The same architecture in float32."""
+    return replace(case, name=f"{case.name}-float32", dtype=torch.float32)
 
 
 BASELINE = Case("baseline", {}, {})

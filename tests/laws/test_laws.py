@@ -9,7 +9,18 @@ import pytest
 from memlib.memory import MEMORIES
 from memlib.training.trainer import Trainer
 
-from .cases import BASELINE, SEGMENT, VOCAB, Case, carries, cases, has_field
+from .cases import (
+    BASELINE,
+    SEGMENT,
+    VOCAB,
+    Case,
+    carries,
+    cases,
+    has_field,
+    in_float32,
+    small_options,
+    without_small_value,
+)
 from .laws import (
     FEEDINGS,
     LAWS,
@@ -27,8 +38,12 @@ from .laws import (
 
 CASES = cases()
 WITH_MEMORY = [case for case in CASES if case.kinds]
+PER_LAYER = [case for case in WITH_MEMORY if case.name.endswith("per_layer")]
+FLOAT32 = [in_float32(case) for case in PER_LAYER if len(case.kinds) == 1]
 
-
+WHOLE_BANK = Case(  # a memory that carries nothing from segment to segment
+    "chapters-whole_bank", {}, {"chapters": small_options("chapters") | {"use_chapters": False}}
+)
 PLAIN = BASELINE.build()
 
 
@@ -40,6 +55,11 @@ def every(name, values):
 def make(case: Case):
     """A function that gives, in turn, two models of the same weights, built once for all the laws."""
     return cycle((case.build(), case.build())).__next__
+
+
+@cache
+def plain_in_float32():
+    return in_float32(BASELINE).build()
 
 
 @cache
@@ -62,6 +82,14 @@ def test_every_registered_memory_is_a_case():
         assert sharings == {"shared", "per_layer", "every_k_layers"}
         assert fusions == {"softmax", "residual"}
     assert len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize("kind", MEMORIES)
+def test_every_size_option_has_a_small_value(kind):
+    assert not without_small_value(kind), (
+        f"{kind}: {without_small_value(kind)} are integers without a value for tests; "
+        f"add small=… to their option() in memlib/config/memory.py"
+    )
 
 
 @every("case", WITH_MEMORY)
@@ -119,6 +147,21 @@ def test_detach_cuts_the_gradient(case: Case):
     truncation(make(case))
 
 
-@every("case", [case for case in WITH_MEMORY if case.name.endswith("per_layer")])
+@every("case", [*PER_LAYER, WHOLE_BANK])
 def test_horizon_cuts_the_gradient_in_training(case: Case):
     horizon(Trainer, case)
+
+
+@every("feeding", FEEDINGS)
+@every("case", FLOAT32)
+def test_the_laws_hold_in_float32(case: Case, feeding):
+    for law in LAWS.values():
+        law(make(case), feeding)
+    off(closed(case), plain_in_float32(), feeding)
+
+
+@every("case", FLOAT32)
+def test_padding_and_detach_in_float32(case: Case):
+    padding(make(case))
+    truncation(make(case))
+    separate_models(make(case))

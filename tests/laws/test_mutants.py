@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from einops import rearrange, reduce, repeat
+from einops import einsum, rearrange, reduce, repeat
 from torch import nn
 
+from memlib.config import InternalMemoryConfig
 from memlib.memory import MEMORIES, InternalMemory, State, axes
 from memlib.memory.internal import SlotState
 from memlib.memory.layer import LayerMemories
@@ -20,7 +21,7 @@ from memlib.tasks.scoring import correct, scored_cross_entropy
 from memlib.training.trainer import Trainer
 
 from . import laws
-from .cases import Case
+from .cases import Case, in_float32
 from .laws import FEEDINGS
 from .toys import RingConfig, RingMemory
 
@@ -408,6 +409,69 @@ def test_a_memory_that_forgets_too_early_is_caught():
     breaks(laws.overflow, "L6 overflow", ring(capacity=9), 10, 16)
 
 
+def delta_rule(writer, hidden, slots, mask):
+    """M <- M + k (v - k M), token by token; slots: [b s e]."""
+    keys = 0.1 * writer.address.proj(hidden)[..., : slots.shape[1]] * mask[..., None]
+    for key, value in zip(keys.unbind(1), writer.v_proj(hidden).unbind(1), strict=True):
+        error = value - einsum(key, slots, "b s, b s e -> b e")
+        slots = slots + einsum(key, error, "b s, b e -> b s e")
+    return slots
+
+
+class UnnormalisedDelta(InternalMemory):
+    """A delta rule with keys of any length: it shrinks the error while |k|^2 < 2, and then it grows."""
+
+    def write(self, hidden, state, mask):
+        return SlotState(delta_rule(self.writer, hidden, state.slots, mask))
+
+
+def without_norms(make):
+    """What builds a model of which memories get the residual stream as large as it is."""
+
+    def made():
+        model = make()
+        for block in model.blocks:
+            block.attention_norm = nn.Identity()
+        return model
+
+    return made
+
+
+def test_a_write_that_explodes_with_other_weights_is_caught(make_with, monkeypatch):
+    make = make_with(UnnormalisedDelta)
+    with monkeypatch.context() as patch:
+        patch.setattr(laws, "STIRRED", laws.STIRRED[:1])
+        laws.endless(make)  # it is finite with the weights it has
+    breaks(laws.endless, "L6", make)
+
+
+def test_a_write_that_explodes_with_large_inputs_is_caught(make_with, monkeypatch):
+    monkeypatch.setattr(laws, "STIRRED", laws.STIRRED[:1])
+    first = {"memory_layer_placement": "first_k", "memory_layer_k": 1}
+    make = without_norms(make_with(UnnormalisedDelta, **first))
+    with monkeypatch.context() as patch:
+        patch.setattr(laws, "SCALES", (1.0, 1.0, 1.0))
+        laws.endless(make)  # it is finite with inputs of the usual size
+    breaks(laws.endless, "L6", make)
+
+
+# float32
+
+
+class RaisesTooHigh(InternalMemory):
+    """A softmax that does not take the largest score off first: fine in float64."""
+
+    def read(self, hidden, state):
+        raised = torch.exp(20 * einsum(hidden, hidden, "b n d, b n d -> b n"))
+        return super().read(hidden, state) * (raised / raised)[..., None]
+
+
+def test_an_overflow_of_float32_is_caught(make_with):
+    make_with(RaisesTooHigh)
+    laws.isolation(case().build, MANY)
+    breaks(laws.isolation, "L3", in_float32(case()).build, MANY)
+
+
 # truncated backpropagation
 
 
@@ -467,3 +531,13 @@ def test_a_memory_no_gradient_reaches_is_caught(make_with):
 
 def test_a_training_loop_that_rebinds_a_local_is_caught():
     breaks(laws.horizon, "horizon", ForgetsToReassign, case())
+
+
+def test_a_memory_that_carries_nothing_in_training_is_caught(make_with):
+    make_with(CutsAlways)
+    breaks(laws.horizon, "horizon", Trainer, case())
+
+
+def test_a_memory_that_carries_what_it_denies_is_caught(monkeypatch):
+    monkeypatch.setattr(InternalMemoryConfig, "carries", property(lambda self: False))
+    breaks(laws.horizon, "horizon", Trainer, case())

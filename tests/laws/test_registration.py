@@ -3,26 +3,21 @@
 `toys.py` is the file. What a person would add to the package's own files is patched in here.
 """
 
-from dataclasses import make_dataclass
+from dataclasses import dataclass
 
 import pytest
 
-from memlib import config as configuration
-from memlib.config import config as whole
+from memlib.config import option
 from memlib.memory import MEMORIES
 
-from .cases import BASELINE, cases
+from .cases import BASELINE, cases, without_small_value
 from .laws import FEEDINGS, LAWS, MANY, endless, off, padding, truncation
-from .toys import RingConfig, RingMemory
+from .toys import RingConfig, RingMemory, register
 
 
 @pytest.fixture
 def registered(monkeypatch):
-    field = ("toy", RingConfig, configuration.option(RingConfig, "the newest tokens"))
-    extended = make_dataclass("MemoryConfig", [field], bases=(configuration.MemoryConfig,), kw_only=True)
-    for module in (configuration, whole):
-        monkeypatch.setattr(module, "MemoryConfig", extended)
-    monkeypatch.setitem(MEMORIES, "toy", RingMemory)
+    register(monkeypatch, "toy", RingConfig, RingMemory)
 
 
 def test_a_registered_memory_is_a_case_alone_and_with_the_others(registered):
@@ -46,3 +41,17 @@ def test_the_laws_hold_for_it(registered, name):
     model = case.build()
     model.close_memory()
     off(model, BASELINE.fresh(), MANY)
+
+
+@dataclass(kw_only=True)
+class Sizeless(RingConfig):
+    """A size that tests would take as it is."""
+
+    places: int = option(4096, "places", 1)
+    rows: int | None = option(None, "rows", 1)
+    wide: bool = option(True, "not a size")
+
+
+def test_a_size_without_a_small_value_is_caught(monkeypatch):
+    register(monkeypatch, "toy", Sizeless, RingMemory)
+    assert without_small_value("toy") == ["places", "rows"]

@@ -1,24 +1,36 @@
-"""A memory the package does not have, to show that the laws cover what they have never seen."""
+"""Memories the package does not have, to show that the laws cover what they have never seen."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
+from typing import Any
 
 import torch
 from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memlib import config as configuration
+from memlib.config import config as whole
 from memlib.config.fields import option
 from memlib.config.memory import MemoryOptions
-from memlib.memory import Memory, State, axes
+from memlib.memory import MEMORIES, Memory, State, axes
+
+
+def register(monkeypatch: Any, kind: str, options: type, memory: type[Memory]) -> None:
+    """Add a memory for the time of a test: what a person would write into the package's own files."""
+    field = (kind, options, option(options, "a memory of a test"))
+    extended = make_dataclass("MemoryConfig", [field], bases=(configuration.MemoryConfig,), kw_only=True)
+    for module in (configuration, whole):
+        monkeypatch.setattr(module, "MemoryConfig", extended)
+    monkeypatch.setitem(MEMORIES, kind, memory)
 
 
 @dataclass(kw_only=True)
 class RingConfig(MemoryOptions):
     """The newest tokens, as keys and values."""
 
-    capacity: int = option(10, "items kept; at least a segment", 1)
+    capacity: int = option(10, "items kept; at least a segment", 1, small=6)
     sharpness: float = option(4.0, "scale of the scores", 0.0)
 
 

@@ -63,7 +63,7 @@ def stored(monkeypatch):
 
     plain = laws.same_state
 
-    def same_state(law, what, got: MemoryState, want: MemoryState, within: float = laws.TIGHT) -> None:
+    def same_state(law, what, got: MemoryState, want: MemoryState, within: float | None = None) -> None:
         plain(law, what, got.window, want.window, within)
         for place, (mine, theirs) in enumerate(zip(got.memories, want.memories, strict=True)):
             compare(law, f"{what}, bank {place}", place, mine, theirs, within)

@@ -10,7 +10,7 @@ from memlib.memory import MEMORIES, ChapterMemory
 from memlib.memory.chapters.memory import ChapterState, newest
 from memlib.memory.chapters.routers import rolling_mean, router_losses
 from tests.laws import laws
-from tests.laws.cases import SMALL, Case
+from tests.laws.cases import Case, small_options
 
 B, N, D, M, C, T = 2, 5, 8, 12, 4, 3
 STRATEGIES = ("sequence", "rolling", "token", "hybrid")
@@ -204,8 +204,7 @@ def test_layers_of_one_bank_share_its_tokens_and_nothing_else(sharing, banks):
 @pytest.mark.parametrize("options", [{}, {"use_chapters": False}, {"quantize_memory": True}])
 @pytest.mark.parametrize("feeding", laws.FEEDINGS, ids=str)
 def test_the_laws_hold_also_in_training_without_chapters_and_quantised(training, options, feeding):
-    sizes = {name: value for name, value in SMALL.items() if name in ChaptersMemoryConfig.__annotations__}
-    case = Case("chapters", {"memory_sharing": "shared"}, {"chapters": sizes | options})
+    case = Case("chapters", {"memory_sharing": "shared"}, {"chapters": small_options("chapters") | options})
     for law in laws.LAWS.values():
         law(lambda: case.build().train(training), feeding)
     laws.padding(lambda: case.build().train(training))
