@@ -48,7 +48,8 @@ def test_a_state_of_other_sizes_is_refused_by_tensor_and_shape(case):
 @pytest.mark.parametrize("case", EACH, ids=str)
 def test_a_state_with_a_longer_open_segment_is_refused(case):
     """Without the check it would give logits of the wrong length."""
-    longer = other(case, model__segment_length=2 * SEGMENT)
+    room = {"memory__external__capacity": 4 * SEGMENT} if "external" in case.kinds else {}
+    longer = other(case, model__segment_length=2 * SEGMENT, **room)
     state = longer(torch.cat((IDS, IDS[:, :2]), 1)).memory_state
     assert state.window.length > SEGMENT
     refused(
