@@ -28,8 +28,8 @@ ANY_PYTHON := $(firstword $(wildcard $(BIN)/python) $(PYTHON) python3)
 test test-fast notebooks: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-fast notebooks lint format types doctor docs docs-check table lock \
-	lock-check env browser extras image image-run image-test wheelhouse clean
+.PHONY: help lab test test-fast notebooks lint format types hooks doctor docs docs-check table \
+	lock lock-check env browser extras image image-run image-test wheelhouse clean
 
 help: ## List what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -60,6 +60,9 @@ format: $(ENV) ## Mend style and format where a tool can
 
 types: $(ENV) ## Check the types
 	$(BIN)/mypy
+
+hooks: $(ENV) ## Run CI's checks of style, types, lock and docs before each git commit
+	$(BIN)/pre-commit install
 
 doctor: ## Say what this machine and its environment can do
 	@PYTHONSAFEPATH=1 $(ANY_PYTHON) memlib/doctor.py

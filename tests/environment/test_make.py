@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import websocket
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = sorted((ROOT / "environment").glob("*.txt"))
@@ -41,6 +42,14 @@ def test_an_unknown_build_of_torch_is_refused() -> None:
     refused = run("make", "env", "TORCH=rocm")
     assert refused.returncode != 0
     assert "TORCH=rocm" in refused.stderr and "cpu and cuda" in refused.stderr
+
+
+def test_the_hooks_run_what_ci_checks() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"], "nothing is fetched"
+    entries = " ".join(hook["entry"] for hook in hooks[0]["hooks"])
+    checks = re.findall(r"^make (lint|types|.*-check)$", (ROOT / ".ci" / "run").read_text(), re.M)
+    assert len(checks) == 4 and all(f" {check}" in entries for check in checks)
 
 
 @pytest.fixture
