@@ -41,11 +41,10 @@ lab: $(ENV) ## Open the lab in a browser; options: LAB_ARGS="--no-browser --port
 
 # In CI nothing is skipped for lack of a browser or of a library to compare with.
 test: $(ENV) $(if $(CI),browser extras) ## Run every test and every notebook; options: PYTEST_ARGS="-k recall"
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
-		$(PYTEST_ARGS) tests $(wildcard notebooks)
+	$(BIN)/python -m tests.run $(PYTEST_ARGS)
 
 test-fast: $(ENV) ## Run the tests that take seconds: no notebooks, nothing that learns
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) tests
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST_ARGS) tests
 
 notebooks: $(ENV) ## Run all notebooks in place and store what they show
 	$(BIN)/python -m memlib.lab.notebooks run notebooks/*.ipynb

@@ -22,6 +22,8 @@ import pytest
 import websocket
 import yaml
 
+from ..run import Count, worst
+
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = sorted((ROOT / "environment").glob("*.txt"))
 
@@ -42,6 +44,21 @@ def test_an_unknown_build_of_torch_is_refused() -> None:
     refused = run("make", "env", "TORCH=rocm")
     assert refused.returncode != 0
     assert "TORCH=rocm" in refused.stderr and "cpu and cuda" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [([0, 0], 0), ([5, 0], 0), ([0, 5], 0), ([5, 5], 5), ([1, 0], 1), ([0, 1], 1), ([2], 2)],
+)
+def test_either_call_of_pytest_fails_the_run_unless_it_only_selected_nothing(codes, code) -> None:
+    assert worst(codes) == code
+
+
+def test_the_closing_line_counts_both_calls() -> None:
+    count = Count()
+    for stats in ({"passed": [1, 2], "failed": [3]}, {"passed": [4], "error": [5], "xfailed": [6]}):
+        count.pytest_terminal_summary(SimpleNamespace(stats=stats))
+    assert str(count) == "3 passed, 2 failed, 1 skipped"
 
 
 def test_the_hooks_run_what_ci_checks() -> None:
