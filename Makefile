@@ -28,8 +28,8 @@ ANY_PYTHON := $(firstword $(wildcard $(BIN)/python) $(PYTHON) python3)
 test test-fast notebooks: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-fast notebooks lint format types hooks doctor docs docs-check table \
-	lock lock-check env browser extras image image-run image-test wheelhouse clean
+.PHONY: help lab test test-fast test-newest notebooks lint format types hooks doctor docs \
+	docs-check table lock lock-check env browser extras image image-run image-test wheelhouse clean
 
 help: ## List what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,11 @@ test: $(ENV) $(if $(CI),browser extras) ## Run every test and every notebook; op
 
 test-fast: $(ENV) ## Run the tests that take seconds: no notebooks, nothing that learns
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST_ARGS) tests
+
+# No browser and no image there; the first call takes some minutes.
+test-newest: ## Run the tests under Python 3.13, in a Debian 13 root made here; needs root
+	bash environment/newest.sh test TORCH=$(TORCH) CI= \
+		PYTEST_ARGS='-m "not browser" --ignore=tests/image $(PYTEST_ARGS)'
 
 notebooks: $(ENV) ## Run all notebooks in place and store what they show
 	$(BIN)/python -m memlib.lab.notebooks run notebooks/*.ipynb
