@@ -28,8 +28,8 @@ ANY_PYTHON := $(firstword $(wildcard $(BIN)/python) $(PYTHON) python3)
 test test-fast notebooks: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-fast notebooks lint format types doctor docs docs-check table lock \
-	lock-check env browser extras image image-run image-test wheelhouse clean
+.PHONY: help lab test test-fast test-newest notebooks lint format types hooks doctor docs \
+	docs-check table lock lock-check env browser extras image image-run image-test wheelhouse clean
 
 help: ## List what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -41,11 +41,15 @@ lab: $(ENV) ## Open the lab in a browser; options: LAB_ARGS="--no-browser --port
 
 # In CI nothing is skipped for lack of a browser or of a library to compare with.
 test: $(ENV) $(if $(CI),browser extras) ## Run every test and every notebook; options: PYTEST_ARGS="-k recall"
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
-		$(PYTEST_ARGS) tests $(wildcard notebooks)
+	$(BIN)/python -m tests.run $(PYTEST_ARGS)
 
 test-fast: $(ENV) ## Run the tests that take seconds: no notebooks, nothing that learns
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) tests
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST_ARGS) tests
+
+# No browser and no image there; the first call takes some minutes.
+test-newest: ## Run the tests under Python 3.13, in a Debian 13 root made here; needs root
+	bash environment/newest.sh test TORCH=$(TORCH) CI= \
+		PYTEST_ARGS='-m "not browser" --ignore=tests/image $(PYTEST_ARGS)'
 
 notebooks: $(ENV) ## Run all notebooks in place and store what they show
 	$(BIN)/python -m memlib.lab.notebooks run notebooks/*.ipynb
@@ -60,6 +64,9 @@ format: $(ENV) ## Mend style and format where a tool can
 
 types: $(ENV) ## Check the types
 	$(BIN)/mypy
+
+hooks: $(ENV) ## Run CI's checks of style, types, lock and docs before each git commit
+	$(BIN)/pre-commit install
 
 doctor: ## Say what this machine and its environment can do
 	@PYTHONSAFEPATH=1 $(ANY_PYTHON) memlib/doctor.py

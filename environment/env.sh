@@ -38,8 +38,7 @@ install() {
 # Left to pip this takes one core, left to the imports it slows each one down. What packages bring to
 # test themselves is a quarter of it, and a file for a later Python, which does not compile, no fault.
 compile() {
-    "$python" -m compileall -qq -j 0 -x '/(tests?|testing/_internal)/' \
-        .venv/lib/python3.11/site-packages || true
+    "$python" -m compileall -qq -j 0 -x '/(tests?|testing/_internal)/' .venv/lib || true
 }
 
 apt_chromium() {
@@ -47,19 +46,46 @@ apt_chromium() {
     apt-get -q update && apt-get -qy -o DPkg::Lock::Timeout=600 install --no-install-recommends chromium
 }
 
-is_311() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; }
+# The minor versions of 3 that pyproject.toml allows, oldest first. The oldest is preferred: the stored
+# results of the notebooks come from it.
+versions=$(sed -n 's/^requires-python = ">=3\.\([0-9]*\),<3\.\([0-9]*\)"$/\1 \2/p' pyproject.toml)
+versions=$(seq "${versions% *}" $((${versions#* } - 1)))
+oldest=3.${versions%%$'\n'*}
+newest=3.${versions##*$'\n'}
+
+is_supported() {
+    # shellcheck disable=SC2086
+    "$1" -c 'import sys; sys.exit(str(sys.version_info[1]) not in sys.argv)' $versions 2>/dev/null
+}
+
+# The command that brings a supported Python to this machine.
+how_to_install() {
+    local minor
+    for minor in $versions; do
+        if apt-cache show "python3.$minor-venv" >/dev/null 2>&1; then
+            echo "sudo apt-get install python3.$minor-venv"
+            return
+        fi
+    done
+    if command -v brew >/dev/null; then
+        echo "brew install python@$newest"
+    else
+        echo "python3 -m pip install --user uv && python3 -m uv python install $newest"
+    fi
+}
 
 find_python() {
     local candidate
-    for candidate in ${1:-python3.11 python3 python}; do
-        if is_311 "$candidate"; then
+    # shellcheck disable=SC2086
+    for candidate in ${1:-$(printf 'python3.%s ' $versions) python3 python}; do
+        if is_supported "$candidate"; then
             echo "$candidate"
             return
         fi
     done
-    stop "memlib needs Python 3.11; found $("${1:-python3}" --version 2>&1 || true) (${1:-python3})." \
-        "Install it (Debian 12: apt install python3.11 python3.11-venv) or name one:" \
-        "  make env PYTHON=/path/to/python3.11"
+    stop "memlib needs Python $oldest to $newest; found $("${1:-python3}" --version 2>&1 || true) (${1:-python3})." \
+        "This installs one:" "  $(how_to_install)" \
+        "Or name one that is here:" "  make env PYTHON=/path/to/python$newest"
 }
 
 make_venv() {
@@ -67,7 +93,7 @@ make_venv() {
     base=$(find_python "${1:-}")
     "$base" -c 'import ensurepip, venv' 2>/dev/null || stop \
         "$("$base" --version) at $(command -v "$base") cannot make virtual environments: it has no ensurepip." \
-        "On Debian and Ubuntu: apt install python3.11-venv"
+        "On Debian and Ubuntu: apt-get install $("$base" -c 'import sys; print("python3.%d-venv" % sys.version_info[1])')"
     rm -rf .venv && mkdir .venv
     step "virtual environment, $("$base" --version)" "$base" -m venv --prompt memlib .venv
 }
@@ -95,7 +121,7 @@ fi
 torch=$1
 other=$([ "$torch" = cpu ] && echo cuda || echo cpu)
 echo "Making .venv from the lock (the first time: 3 GB, with CUDA 6, and 2 to 5 minutes)"
-if ! is_311 "$python" || ! "$python" -m pip --version >/dev/null 2>&1; then
+if ! is_supported "$python" || ! "$python" -m pip --version >/dev/null 2>&1; then
     make_venv "${2:-}"
 fi
 # pip takes either build for the other: 2.13.0+cpu satisfies ==2.13.0.

@@ -4,6 +4,8 @@ Without an option it keeps every pin that is still in range. README.md says what
 """
 
 import argparse
+import itertools
+import os
 import re
 import subprocess
 import sys
@@ -22,35 +24,54 @@ FILES = BASE, CPU, CUDA, BROWSER, EXTRAS = (
 )
 HEAD = "# Written by environment/lock.py from pyproject.toml: change that, then `make lock`.\n"
 
+PLATFORMS = (
+    "x86_64-manylinux_2_28",
+    "aarch64-manylinux_2_28",
+    "aarch64-apple-darwin",
+    "x86_64-pc-windows-msvc",
+)
+
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# PyPI has no CPU builds for Linux, so no resolution can know them: here is the published sha256 of
-# torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_{x86_64,aarch64}.whl. Only x86_64 has been installed.
+# PyPI has no CPU builds for Linux, so no resolution can know them: here are the published sha256 of
+# torch-2.13.0+cpu-*-manylinux_2_28_{x86_64,aarch64}.whl. Only cp311 on x86_64 has been installed.
 CPU_WHEELS = {
-    "2.13.0": [
-        "6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",
-        "84453b69508ec79902f899c5ed9495acb9e2bbe9fda5f1d5d6f19e3c3842e1a7",
-    ]
+    "2.13.0": {
+        "cp311": [
+            "6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",
+            "84453b69508ec79902f899c5ed9495acb9e2bbe9fda5f1d5d6f19e3c3842e1a7",
+        ],
+        "cp312": [
+            "4ca4a9394b0c771238a4f73590fdbbc4debad85ed0fa63d026ae1b085da7d6e2",
+            "6f307c2c32d764ffc6ff6893b801fad6d4752f3e67966cb8abf1843427c02604",
+        ],
+        "cp313": [
+            "3fbf9c9d1f3c10c2d59d04aca426dee9ccc6ceb32d255c61e93acc3b4f75fae6",
+            "0b8f7d0423027ae8b90c7977c627f3379f325363a08224dffad9b4b2d684a83d",
+        ],
+    }
 }
 PIN = re.compile(r"^([\w.-]+)==([^\s;]+)[^\\\n]*(?: \\\n    --hash=sha256:[0-9a-f]{64})+$", re.M)
 TORCH = re.compile(r"(torch|triton|nvidia-.*|cuda-.*)$")
 
 
 def resolve(extras: list[str], preferred: str) -> dict[str, str]:
-    """uv's resolution for Python 3.11 and all platforms: name to lock entry, near `preferred`."""
+    """uv's resolution for all Pythons and platforms: name to lock entry, near `preferred`."""
     entries: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "lock.txt")
         output.write_text(preferred)
         command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--universal"]
-        command += ["--python-version=3.11", "--generate-hashes", "--no-header", "--no-annotate"]
+        command += [f"--python-version={pythons()[0]}", "--generate-hashes", "--no-header", "--no-annotate"]
         command += [f"--extra={extra}" for extra in extras]
         command += [f"--output-file={output}", str(PYPROJECT)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         for entry in re.split(r"\n(?=\S)", output.read_text().strip()):
-            # uv resolves for later Pythons too, and forks where their answer differs.
-            if not re.match(r".*python_full_version >= '3\.1[2-9]'", entry):
-                name = entry.partition("==")[0]
-                entries[name] = entries.get(name, "") + entry + "\n"
+            # uv also resolves for later Pythons, with a fork where their answer differs, and for Pyodide.
+            since = re.match(r".*python_full_version >= '3\.(\d+)", entry)
+            if (since and f"3.{since[1]}" not in pythons()) or "and sys_platform == 'emscripten'" in entry:
+                continue
+            name = entry.partition("==")[0]
+            entries[name] = entries.get(name, "") + entry + "\n"
     return entries
 
 
@@ -62,10 +83,11 @@ def write(upgrade: bool) -> None:
     version = PIN.match(full["torch"])[2]
     if version not in CPU_WHEELS:
         sys.exit(
-            f"torch {version} has no CPU build recorded: add the sha256 of its cp311 Linux wheels, "
-            f"listed at {CPU_INDEX}/torch/, to CPU_WHEELS in environment/lock.py"
+            f"torch {version} has no CPU build recorded: add the sha256 of its Linux wheels for Python "
+            f"{', '.join(pythons())}, listed at {CPU_INDEX}/torch/, to CPU_WHEELS in environment/lock.py"
         )
-    digests = "".join(f" \\\n    --hash=sha256:{digest}" for digest in CPU_WHEELS[version])
+    digests = [digest for wheels in CPU_WHEELS[version].values() for digest in wheels]
+    digests = "".join(f" \\\n    --hash=sha256:{digest}" for digest in digests)
     on_linux = f"torch=={version}+cpu ; sys_platform == 'linux'{digests}\n"
     elsewhere = full["torch"].replace(" \\", " ; sys_platform != 'linux' \\", 1)
     rest = [name for name in full if not TORCH.match(name)]
@@ -79,6 +101,23 @@ def write(upgrade: bool) -> None:
         (HERE / file).write_text(HEAD + "".join(entries))
 
 
+def install_on_paper() -> list[str]:
+    """What the locks lack for a supported Python and platform, a line each; uv downloads metadata only.
+
+    The CPU builds of torch are not on PyPI, so the CUDA builds stand for them.
+    """
+    wrong, environ = [], os.environ | {"MACOSX_DEPLOYMENT_TARGET": "14.0"}
+    for python, platform in itertools.product(pythons(), PLATFORMS):
+        command = [sys.executable, "-m", "uv", "pip", "install", "--dry-run", "--target=.venv"]
+        command += [f"--python-version={python}", f"--python-platform={platform}"]
+        command += ["--only-binary=:all:", "--no-deps", "--require-hashes"]
+        command += [f"--requirement={HERE / file}" for file in (BASE, CUDA, BROWSER, EXTRAS)]
+        tried = subprocess.run(command, env=environ, capture_output=True, text=True)
+        if tried.returncode:
+            wrong.append(f"Python {python} on {platform}: {tried.stderr.strip()}")
+    return wrong
+
+
 def check() -> list[str]:
     """What keeps the lock files from satisfying pyproject.toml, a line each."""
     wrong, pins = [], {}
@@ -88,6 +127,11 @@ def check() -> list[str]:
             if line and line[0] != "#" and (file, line) != (CPU, f"--extra-index-url {CPU_INDEX}"):
                 wrong.append(f"{file}: neither a pin nor its hash: {line.strip()}")
     table = tomllib.loads(PYPROJECT.read_text())
+    recorded = CPU_WHEELS.get(pins[CUDA].get("torch"), {})
+    for python in pythons():
+        digests = recorded.get(f"cp{python.replace('.', '')}", ["not recorded"])
+        if not all(digest in read(CPU) for digest in digests):
+            wrong.append(f"{CPU}: no hash of torch's CPU build for Python {python}")
     optional = table["project"]["optional-dependencies"]
     base = table["build-system"]["requires"] + table["project"]["dependencies"] + optional["dev"]
     needs = [(need, files) for need in base for files in ((BASE, CPU), (BASE, CUDA))]
@@ -101,6 +145,13 @@ def check() -> list[str]:
         elif not in_range(version, specifier):
             wrong.append(f"{' and '.join(files)}: {name}=={version} is not {specifier.strip()}")
     return wrong
+
+
+def pythons() -> list[str]:
+    """The Pythons of `requires-python`, oldest first: ["3.11", …]."""
+    requires = tomllib.loads(PYPROJECT.read_text())["project"]["requires-python"]
+    first, end = map(int, re.fullmatch(r">=3\.(\d+),<3\.(\d+)", requires).groups())
+    return [f"3.{minor}" for minor in range(first, end)]
 
 
 def in_range(version: str, specifier: str) -> bool:
@@ -124,6 +175,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if not options.check:
         write(options.upgrade)
+        if lacking := install_on_paper():
+            sys.exit("\n".join(lacking))
     if problems := check():
         sys.exit("\n".join([*problems, "`make lock` writes the lock files anew"]))
     print("lock: the files in environment/ satisfy pyproject.toml")

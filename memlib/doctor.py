@@ -34,7 +34,7 @@ def report(root: Path = ROOT) -> dict[str, Row]:
     """
     torch = load("torch")
     return {
-        "Python": python(),
+        "Python": python(root),
         "CPU": cpu(),
         "Memory": memory(),
         "torch": torch_build(torch),
@@ -44,7 +44,7 @@ def report(root: Path = ROOT) -> dict[str, Row]:
         "FAISS": faiss(),
         "Pretrained": pretrained(),
         "Browser": browser(),
-        "Packages": packages(root / "environment", torch),
+        "Packages": packages(root, torch),
     }
 
 
@@ -84,9 +84,21 @@ def broken(name: str, error: Exception, means: str) -> Row:
     return {"value": "does not import", "means": f"{type(error).__name__}: {error}".split("\n")[0]}
 
 
-def python() -> Row:
-    means = "the version of the lock" if sys.version_info[:2] == (3, 11) else "the lock is for 3.11"
-    return {"value": platform.python_version(), "means": f"{means}; {sys.executable}"}
+def python(root: Path) -> Row:
+    minors = supported(root)
+    if not minors:
+        return {"value": platform.python_version(), "means": sys.executable}
+    fits = "one of" if sys.version_info[0] == 3 and sys.version_info[1] in minors else "not of"
+    means = f"{fits} the lock's 3.{minors[0]} to 3.{minors[-1]}; {sys.executable}"
+    return {"value": platform.python_version(), "means": means}
+
+
+def supported(root: Path) -> range:
+    """The minor versions of Python 3 that `requires-python` allows; empty without a pyproject.toml."""
+    project = root / "pyproject.toml"
+    text = project.read_text(encoding="utf-8") if project.exists() else ""
+    bounds = re.search(r'^requires-python = ">=3\.(\d+),<3\.(\d+)"$', text, re.MULTILINE)
+    return range(int(bounds[1]), int(bounds[2])) if bounds else range(0)
 
 
 def cpu() -> Row:
@@ -173,11 +185,12 @@ def browser() -> Row:
     return {"value": Path(path).name, "means": f"the browser tests run in {path}"}
 
 
-def packages(folder: Path, torch: Any) -> Row:
+def packages(root: Path, torch: Any) -> Row:
     """The installed versions against base.txt and the torch file of this build of torch.
 
     What extras.txt names may be missing, but not differ.
     """
+    folder, minors = root / "environment", supported(root)
     if not (folder / "base.txt").exists():
         means = "no lock beside the package, so nothing to compare with"
         return {"value": f"{len(list(metadata.distributions()))}", "means": means, "problems": []}
@@ -185,8 +198,8 @@ def packages(folder: Path, torch: Any) -> Row:
     locked = pins(folder / "base.txt") | pins(folder / f"torch-{build}.txt")
     extras = pins(folder / "extras.txt")
     problems = []
-    if sys.version_info[:2] != (3, 11):
-        problems.append(f"Python {platform.python_version()}, locked 3.11")
+    if minors and sys.version_info[1] not in minors:
+        problems.append(f"Python {platform.python_version()}, locked 3.{minors[0]} to 3.{minors[-1]}")
     for name, version in (extras | locked).items():
         try:
             installed = metadata.version(name)

@@ -1,4 +1,4 @@
-"""What some tests need and not every environment has: skipped without it, but under CI they fail."""
+"""How tests are spread over workers, and what some tests need that not every environment has."""
 
 from __future__ import annotations
 
@@ -7,6 +7,25 @@ import importlib.util
 import os
 
 import pytest
+
+WORKERS = 4  # at most: each takes about 1 GiB, and a notebook's kernel as much again
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: one worker for each core this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, WORKERS)
+
+
+def is_long(item: pytest.Item) -> bool:
+    """Whether the item's file takes longer than most."""
+    return item.path.suffix == ".ipynb" or bool({"browser", "laws"} & set(item.path.parts))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that the workers end together: also every file that has a slow test."""
+    long = {item.path for item in items if is_long(item) or item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session")

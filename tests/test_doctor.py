@@ -1,6 +1,7 @@
 """The doctor: it speaks in every environment, and contradicts the lock only where it is right to."""
 
 import json
+import platform
 import subprocess
 import sys
 from importlib import metadata
@@ -73,6 +74,18 @@ def test_an_extra_may_be_missing_but_not_differ(tmp_path: Path) -> None:
     )
     problems = doctor.report(root)["Packages"]["problems"]
     assert problems == [f"numpy {metadata.version('numpy')}, locked 0.0.1"]
+
+
+@pytest.mark.parametrize(("bounds", "fits"), [(">=3.11,<3.14", True), (">=3.8,<3.10", False)])
+def test_the_python_is_compared_with_what_the_project_supports(
+    tmp_path: Path, bounds: str, fits: bool
+) -> None:
+    root = lock(tmp_path, right=f"einops=={metadata.version('einops')}")
+    (root / "pyproject.toml").write_text(f'[project]\nrequires-python = "{bounds}"\n')
+    rows = doctor.report(root)
+    assert rows["Python"]["means"].startswith("one of" if fits else "not of the lock's 3.8 to 3.9")
+    complaints = [] if fits else [f"Python {platform.python_version()}, locked 3.8 to 3.9"]
+    assert rows["Packages"]["problems"] == complaints
 
 
 def test_without_a_lock_there_is_nothing_to_contradict(tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import websocket
+import yaml
+
+from ..run import Count, worst
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = sorted((ROOT / "environment").glob("*.txt"))
@@ -43,23 +46,61 @@ def test_an_unknown_build_of_torch_is_refused() -> None:
     assert "TORCH=rocm" in refused.stderr and "cpu and cuda" in refused.stderr
 
 
-def test_env_names_the_python_it_found_and_the_one_it_needs(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "environment", tmp_path / "environment")
-    other = tmp_path / "python3"
-    other.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2 || exit 1\n')
-    other.chmod(0o755)
-    refused = run("bash", "environment/env.sh", "cpu", str(other), cwd=tmp_path)
-    assert refused.returncode != 0
-    for part in ("needs Python 3.11", "found Python 3.9.2", "make env PYTHON="):
-        assert part in refused.stderr
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [([0, 0], 0), ([5, 0], 0), ([0, 5], 0), ([5, 5], 5), ([1, 0], 1), ([0, 1], 1), ([2], 2)],
+)
+def test_either_call_of_pytest_fails_the_run_unless_it_only_selected_nothing(codes, code) -> None:
+    assert worst(codes) == code
+
+
+def test_the_closing_line_counts_both_calls() -> None:
+    count = Count()
+    for stats in ({"passed": [1, 2], "failed": [3]}, {"passed": [4], "error": [5], "xfailed": [6]}):
+        count.pytest_terminal_summary(SimpleNamespace(stats=stats))
+    assert str(count) == "3 passed, 2 failed, 1 skipped"
+
+
+def test_the_hooks_run_what_ci_checks() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"], "nothing is fetched"
+    entries = " ".join(hook["entry"] for hook in hooks[0]["hooks"])
+    checks = re.findall(r"^make (lint|types|.*-check)$", (ROOT / ".ci" / "run").read_text(), re.M)
+    assert len(checks) == 4 and all(f" {check}" in entries for check in checks)
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of what lock.py reads, to damage."""
+    """A copy of what lock.py and env.sh read, to damage."""
     shutil.copytree(ROOT / "environment", tmp_path / "environment")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
+
+
+def command(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_env_names_the_python_it_found_and_the_command_that_brings_one(tree: Path) -> None:
+    old = command(tree / "python3", '[ "$1" = --version ] && echo Python 3.9.2 || exit 1')
+    refused = run("bash", "environment/env.sh", "cpu", str(old), cwd=tree)
+    assert refused.returncode != 0
+    for part in ("needs Python 3.11 to 3.13", "found Python 3.9.2", "make env PYTHON=", " install "):
+        assert part in refused.stderr
+
+
+@pytest.mark.parametrize("minor", [10, 11, 12, 13, 14])
+def test_env_takes_each_python_that_pyproject_allows(tree: Path, minor: int) -> None:
+    """The Python here stands for all: it says that it is 3.`minor`, and has no ensurepip."""
+    pretend = f"import sys; sys.version_info = (3, {minor}); sys.modules['ensurepip'] = None"
+    stub = command(
+        tree / "python", f'[ "$1" = -c ] && exec {sys.executable} -c "{pretend}; $2" "$@" || echo 3.{minor}'
+    )
+    refused = run("bash", "environment/env.sh", "cpu", str(stub), cwd=tree)
+    taken = f"apt-get install python3.{minor}-venv" in refused.stderr and "no ensurepip" in refused.stderr
+    assert taken == (minor in (11, 12, 13)), refused.stderr
 
 
 def check_lock(root: Path) -> subprocess.CompletedProcess[str]:
@@ -78,6 +119,7 @@ def test_the_lock_satisfies_pyproject() -> None:
         ("base.txt", r"^einops==[^ ]+", "einops==0.7.9", "einops==0.7.9 is not >=0.8.2"),
         ("base.txt", r"^(einops==.*) \\\n( +--hash.*\n)+", r"\1\n", "nor its hash: einops=="),
         ("torch-cpu.txt", r"^triton==[^ ]+", "triton==3.8.0", "triton==3.8.0 is not ==3.7.1"),
+        ("torch-cpu.txt", r"3fbf9c9d1f3c", "000000000000", "torch's CPU build for Python 3.13"),
         ("torch-cuda.txt", r"^torch==[^ ]+", "torch==2.14.0", "torch==2.14.0 is not >=2.13,<2.14"),
         ("extras.txt", r"^peft==.*\\\n( +--hash.*\n)+", "", "no pin for peft"),
         ("base.txt", r"\A", "--index-url https://example.org/simple\n", "--index-url"),

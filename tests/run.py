@@ -1,0 +1,57 @@
+"""Run every test and every notebook: `make test`. Arguments are pytest's.
+
+Two calls of pytest: the tests that compare timings run alone, then the rest runs in parallel. The last
+line counts both calls.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTHING = pytest.ExitCode.NO_TESTS_COLLECTED
+# A file stays on one worker: its tests share fixtures and models, and a notebook's cells a kernel.
+# conftest.py says how many workers there are and which files start first.
+PARALLEL = ["-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"]
+NBVAL = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=600"]
+ALONE = ["tests/benchmarks"]
+REST = [*PARALLEL, *NBVAL, "--ignore=tests/benchmarks", "tests", "notebooks"]
+
+
+class Count:
+    """Tests by outcome. A test whose setup or teardown fails counts as failed."""
+
+    def __init__(self) -> None:
+        self.passed = self.failed = self.skipped = 0
+
+    def pytest_terminal_summary(self, terminalreporter) -> None:
+        stats = terminalreporter.stats
+        self.passed += sum(len(stats.get(outcome, [])) for outcome in ("passed", "xpassed"))
+        self.failed += sum(len(stats.get(outcome, [])) for outcome in ("failed", "error"))
+        self.skipped += sum(len(stats.get(outcome, [])) for outcome in ("skipped", "xfailed"))
+
+    def __str__(self) -> str:
+        skipped = f", {self.skipped} skipped" if self.skipped else ""
+        return f"{self.passed} passed, {self.failed} failed{skipped}"
+
+
+def worst(codes: list[int]) -> int:
+    """The first failing exit code. A call that selected no test fails only if no call selected one."""
+    return next((code for code in codes if code not in (0, NOTHING)), min(codes))
+
+
+def main(arguments: list[str]) -> int:
+    count, codes = Count(), []
+    for selected in (ALONE, REST):
+        codes.append(int(pytest.main([*selected, *arguments], plugins=[count])))
+        if codes[-1] in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.USAGE_ERROR):
+            break
+    print(count)
+    return worst(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
