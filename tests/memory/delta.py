@@ -20,12 +20,15 @@ from typing import Any
 
 import torch
 from einops import einsum, rearrange, repeat
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from memlib.config.fields import option
 from memlib.config.memory import MemoryOptions
 from memlib.memory import Memory, State, axes
+from memlib.memory.base import zeros
+from memlib.memory.gates import Gate
+from memlib.nn.linear import Linear
 
 from .references.base import Reference, Row, linear, sigmoid, unit
 
@@ -51,15 +54,14 @@ class DeltaMemory(Memory):
 
     def __init__(self, config: DeltaConfig, hidden_dim: int) -> None:
         super().__init__(config, hidden_dim)
-        self.q_proj = nn.Linear(hidden_dim, config.key_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_dim, config.key_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_dim, config.value_dim, bias=False)
-        self.o_proj = nn.Linear(config.value_dim, hidden_dim, bias=False)
-        self.keep_gate, self.write_gate = nn.Linear(hidden_dim, 1), nn.Linear(hidden_dim, 1)
+        self.q_proj = Linear(hidden_dim, config.key_dim)
+        self.k_proj = Linear(hidden_dim, config.key_dim)
+        self.v_proj = Linear(hidden_dim, config.value_dim)
+        self.o_proj = Linear(config.value_dim, hidden_dim)
+        self.keep_gate, self.write_gate = Gate(hidden_dim, 1), Gate(hidden_dim, 1)
 
     def init_state(self, batch_size: int) -> DeltaState:
-        shape = batch_size, self.config.key_dim, self.config.value_dim
-        return DeltaState(self.v_proj.weight.new_zeros(shape))
+        return DeltaState(zeros(self, batch_size, self.config.key_dim, self.config.value_dim))
 
     def read(self, hidden: Tensor, state: DeltaState) -> Tensor:
         query = F.normalize(self.q_proj(hidden), dim=-1)
