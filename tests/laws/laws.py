@@ -5,7 +5,7 @@ A law takes `make`, which gives a model and, at the next call, another of the sa
 test_mutants.py go through the same functions. What should be equal is equal within `TIGHT` of a model's type.
 
 A forward pass here costs its operations, not its numbers: rows side by side are almost free. So what
-several laws compare with is told once for each `make` and feeding (`tell`, `stop`) and never changed.
+several laws compare with is run once for each `make` and feeding (`run_batch`, `stop`) and never changed.
 """
 
 from __future__ import annotations
@@ -138,11 +138,12 @@ def differs(law: str, what: str, got: Tensor, want: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a model said to a stream in the pieces of its feeding, beside other rows in one batch.
+class Run:
+    """Outputs for one stream, run beside other rows in one batch, in the pieces of its feeding.
 
-    logits, state: of the stream; other: logits of another one; futures: of the stream changed after a
-    place, by place. sizes: after each piece, the tokens of the open window and the state's bytes a row.
+    logits, state: of the stream; other: logits of another stream; futures: logits of the stream
+    changed after a place, by place. sizes: after each piece, the tokens of the open window and the
+    state's bytes a row.
     """
 
     logits: Tensor
@@ -153,8 +154,8 @@ class Told:
 
 
 @cache
-def tell(make: Make, feeding: Feeding) -> Told:
-    """Tell a new model a stream, another one, and all futures that law L1 asks about, side by side."""
+def run_batch(make: Make, feeding: Feeding) -> Run:
+    """Run a new model on a stream, another one and all changed futures of law L1, as one batch."""
     model, tokens, t = make(), stream(feeding), feeding.tokens
     mask = torch.ones_like(tokens) if feeding.mask() is None else feeding.mask()
     changed = (tokens + 1 + stream(feeding, seed=1) % (VOCAB - 1)) % VOCAB
@@ -171,15 +172,15 @@ def tell(make: Make, feeding: Feeding) -> Told:
         sizes.append((state.window.length, state.nbytes / len(rows)))
     first, other, *futures = torch.cat(logits, 1).split(BATCH)
     own = state.rows(torch.arange(BATCH))
-    return Told(first, own, other, dict(zip(places, futures, strict=True)), sizes)
+    return Run(first, own, other, dict(zip(places, futures, strict=True)), sizes)
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """A stream that was stopped at its feeding's `cut` and went on.
+    """A stream that is stopped at its feeding's `cut` and continued.
 
-    model: who read it; state: what was passed on, copy: of it before; rest, mask: what came after, with
-    its logits and the last state.
+    model: the model; state: the state at the cut, copy: a copy made before it was used; rest, mask: the
+    remaining tokens, with their logits and the last state.
     """
 
     model: MemoryTransformer
@@ -193,7 +194,7 @@ class Stopped:
 
 @cache
 def stop(make: Make, feeding: Feeding) -> Stopped:
-    """Tell a new model a stream in two calls, and keep the state in between."""
+    """Run a new model on a stream in two calls, and keep the state in between."""
     model, halves = make(), (feeding.cut, feeding.tokens - feeding.cut)
     (first, rest), masks = stream(feeding).split(halves, 1), split(feeding.mask(), halves)
     _, state = feed(model, first, None, masks[0])
@@ -203,19 +204,19 @@ def stop(make: Make, feeding: Feeding) -> Stopped:
 
 
 def causality(make: Make, feeding: Feeding) -> None:
-    """L1: what comes after position t, tokens or padding, leaves the logits up to t as they are."""
-    law, told = "L1 causality", tell(make, feeding)
-    for place, other in told.futures.items():
-        same(law, f"logits up to {place}", other[:, : place + 1], told.logits[:, : place + 1])
-        differs(law, f"logits after {place} ignore their own tokens", other, told.logits)
+    """L1: changing tokens or padding after position t does not change the logits up to t."""
+    law, run = "L1 causality", run_batch(make, feeding)
+    for place, other in run.futures.items():
+        same(law, f"logits up to {place}", other[:, : place + 1], run.logits[:, : place + 1])
+        differs(law, f"logits after {place} ignore their own tokens", other, run.logits)
 
 
 def explicit_state(make: Make, feeding: Feeding) -> None:
-    """L2: the state that goes in and comes out is all there is, and nobody changes it on the way."""
-    law, model, told = "L2 explicit state", make(), tell(make, feeding)
+    """L2: the state passed in and returned is all a model remembers, and is never changed in place."""
+    law, model, run = "L2 explicit state", make(), run_batch(make, feeding)
     streams = [stream(feeding), stream(feeding, seed=1)]
     turns = in_turns([model, model], streams, feeding.pieces, feeding.mask())
-    for i, alone in enumerate((told.logits, told.other)):
+    for i, alone in enumerate((run.logits, run.other)):
         same(law, f"stream {i} of two that go through one model in turns", turns[i], alone)
 
     stopped = stop(make, feeding)
@@ -242,8 +243,8 @@ def separate_models(make: Make) -> None:
     places = {tensor.untyped_storage().data_ptr() for tensor in mine if tensor.numel()}
     if common := sum(t.untyped_storage().data_ptr() in places for t in theirs if t.numel()):
         raise AssertionError(f"L2 explicit state: two models share {common} tensors")
-    streams, told = [stream(MANY), stream(MANY, seed=1)], tell(make, MANY)
-    alone = [told.logits, told.other]
+    streams, run = [stream(MANY), stream(MANY, seed=1)], run_batch(make, MANY)
+    alone = [run.logits, run.other]
     for i, turn in enumerate(in_turns([first, second], streams, MANY.pieces)):
         same("L2 explicit state", f"stream {i} of two that go through two models in turns", turn, alone[i])
 
@@ -268,8 +269,8 @@ def in_turns(
 
 
 def isolation(make: Make, feeding: Feeding) -> None:
-    """L3: rows never mix: each keeps its logits and state whatever the others say, and in any order."""
-    law, tokens, mask, told = "L3 isolation", stream(feeding), feeding.mask(), tell(make, feeding)
+    """L3: rows never mix: a row has the same logits and state whatever the others are, in any order."""
+    law, tokens, mask, run = "L3 isolation", stream(feeding), feeding.mask(), run_batch(make, feeding)
     mixes = (([2, 0, 1], [0]), ([1, 2, 0], [1, 2]))  # an order, and which rows say something else
     batches = []
     for order, rows in mixes:
@@ -281,11 +282,11 @@ def isolation(make: Make, feeding: Feeding) -> None:
     for i, (order, rows) in enumerate(mixes):
         others = [row for row in order if row not in rows]
         places = torch.tensor([BATCH * i + order.index(row) for row in others])
-        same(law, f"logits beside rows {rows}, in another order", got[places], told.logits[others])
-        mine, theirs = got_state.rows(places), told.state.rows(torch.tensor(others))
+        same(law, f"logits beside rows {rows}, in another order", got[places], run.logits[others])
+        mine, theirs = got_state.rows(places), run.state.rows(torch.tensor(others))
         same_state(law, f"state beside rows {rows}, in another order", mine, theirs)
         places = [BATCH * i + order.index(row) for row in rows]
-        differs(law, f"rows {rows} ignore their own tokens", got[places], told.logits[rows])
+        differs(law, f"rows {rows} ignore their own tokens", got[places], run.logits[rows])
 
 
 def forgetting(make: Make, feeding: Feeding) -> None:
@@ -320,8 +321,8 @@ def segmentation(make: Make, feeding: Feeding) -> None:
 
     def said_in(pieces: tuple[int, ...]) -> tuple[Tensor, MemoryState]:
         if pieces == feeding.pieces:
-            told = tell(make, feeding)
-            return told.logits, told.state
+            run = run_batch(make, feeding)
+            return run.logits, run.state
         return feed(model, tokens, pieces, feeding.mask())
 
     want, state = said_in((t,))
@@ -371,7 +372,7 @@ def plainly(plain: MemoryTransformer, feeding: Feeding) -> Tensor:
 def off(remembering: MemoryTransformer, plain: MemoryTransformer, feeding: Feeding) -> None:
     """L5: a memory that is off leaves the plain transformer of the same weights, bit for bit.
 
-    The remembering model takes the plain one's weights, which has a place for each.
+    The model with memory takes the plain model's weights.
     """
     unknown = remembering.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
     if unknown:
@@ -382,10 +383,10 @@ def off(remembering: MemoryTransformer, plain: MemoryTransformer, feeding: Feedi
 
 def bounded(make: Make, feeding: Feeding) -> None:
     """L6: the state has one size at every end of a segment, and never outgrows a segment left open."""
-    law, model, told = "L6 bounded", make(), tell(make, feeding)
+    law, model, run = "L6 bounded", make(), run_batch(make, feeding)
     size = model.init_state(BATCH).nbytes / BATCH
     almost = feed(model, stream(feeding)[:, : SEGMENT - 1])[1].nbytes / BATCH
-    for length, bytes_ in told.sizes:
+    for length, bytes_ in run.sizes:
         if not length and bytes_ != size:
             raise AssertionError(f"{law}: {bytes_} bytes a row at the end of a segment, not {size}")
         if bytes_ > almost:
