@@ -128,8 +128,12 @@ class Trace:
 
 
 @contextmanager
-def record(model: RecurrentModel) -> Iterator[Trace]:
-    """Record every named point of a model while the block runs; the trace is complete after it."""
+def record(model: RecurrentModel, states: bool = False) -> Iterator[Trace]:
+    """Record every named point of a model while the block runs; the trace is complete after it.
+
+    states: also record each memory's state after each call, under the axes that it declares:
+    `internal.state.slots` has layer, step, batch, slot and feature.
+    """
     from memlib.nn.hook_point import HookPoint
 
     heard: dict[str, dict[int, list[np.ndarray]]] = {}
@@ -147,6 +151,15 @@ def record(model: RecurrentModel) -> Iterator[Trace]:
         point.listeners.append(hear)
         listening.append((point, hear))
 
+    def hear_states(_module: Any, _inputs: Any, output: Any) -> None:
+        for layer, slots in model.stack.slots.items():
+            for slot, kind in zip(slots, model.stack.layers[layer], strict=True):
+                state = output.memory_state.memories[slot]
+                for name, value, labels in state.labelled_tensors(f"{kind}.state."):
+                    axes[name] = labels
+                    array = value.detach().cpu().numpy()
+                    heard.setdefault(name, {}).setdefault(layer, []).append(array)
+
     def hear_tokens(_module: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         ids = inputs[0] if inputs else keywords["input_ids"]
         tokens.append(ids.detach().cpu().numpy())
@@ -155,12 +168,15 @@ def record(model: RecurrentModel) -> Iterator[Trace]:
         for module in block.modules():
             if isinstance(module, HookPoint):
                 listen(layer, module)
-    hook = model.register_forward_pre_hook(hear_tokens, with_kwargs=True)
+    hooks = [model.register_forward_pre_hook(hear_tokens, with_kwargs=True)]
+    if states:
+        hooks.append(model.register_forward_hook(hear_states))
     trace = Trace()
     try:
         yield trace
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         for point, hear in listening:
             point.listeners.remove(hear)
     if tokens:

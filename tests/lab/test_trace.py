@@ -131,3 +131,20 @@ def test_labelled_array():
     assert repr(array) == "LabelledArray(layer=2, token=3)"
     with pytest.raises(TraceError, match="no axis 'slot'"):
         array.at(slot=0)
+
+
+def test_states_are_recorded_under_the_axes_they_declare():
+    model = small_model()
+    ids = torch.randint(0, 20, (2, 15), generator=torch.Generator().manual_seed(1))
+    with record(model, states=True) as trace:
+        state = model(ids[:, :10]).memory_state
+        last = model(ids[:, 10:], memory_state=state).memory_state
+    slots = trace["internal.state.slots"]
+    assert slots.sizes == {"layer": 2, "step": 2, "batch": 2, "slot": 8, "feature": 16}
+    for step, seen in enumerate((state, last)):
+        for layer in range(2):
+            want = seen.memories[layer].slots.detach().numpy()
+            assert np.array_equal(slots.at(layer=layer, step=step).values, want)
+    with record(model) as quiet:
+        model(ids)
+    assert "internal.state.slots" not in quiet
