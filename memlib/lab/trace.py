@@ -156,7 +156,8 @@ def record(model: RecurrentModel, states: bool = False) -> Iterator[Trace]:
             for slot, kind in zip(slots, model.stack.layers[layer], strict=True):
                 state = output.memory_state.memories[slot]
                 for name, value, labels in state.labelled_tensors(f"{kind}.state."):
-                    axes[name] = labels
+                    # Tokens that a state keeps are its slots; `token` counts those of the stream.
+                    axes[name] = tuple("slot" if axis == "token" else axis for axis in labels)
                     array = value.detach().cpu().numpy()
                     heard.setdefault(name, {}).setdefault(layer, []).append(array)
 
