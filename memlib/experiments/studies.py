@@ -123,7 +123,7 @@ def lean(model: MemoryTransformer) -> None:
     """Make every router begin with chapter 0 for whatever it sees: a collapse at the start."""
     for module in model.modules():
         if isinstance(module, ChapterRouter):
-            module.proj.bias[0] += 4.0
+            module.proj.bias[0] += 6.0
 
 
 def measure_by_bank(trainer: Trainer, name: str, segments: Sequence[int]) -> list[Result]:
