@@ -188,8 +188,8 @@ def test_a_preset_that_is_not_large_is_small(name):
     assert abs(size - LARGE[name]) < 0.02 * LARGE[name] if name in LARGE else size < 6e6
 
 
-def test_the_7b_design_is_the_documents_hierarchy_on_sequences_of_32k():
-    """8 banks of 1024 slots of 512; level 1 reaches over the sequence; the baseline below is a 7B too."""
+def test_the_7b_design_has_eight_banks_and_sequences_of_32k():
+    """8 banks of 1024 slots of 512; level 1 covers the sequence; the model without memory has 6.74B."""
     config = load_config("design_7b")
     with torch.device("meta"):
         model = MemoryTransformer(config)
@@ -206,8 +206,8 @@ def test_the_7b_design_is_the_documents_hierarchy_on_sequences_of_32k():
     assert plain == 6_738_415_616 and 0.04 < memory / plain < 0.06
 
 
-def test_the_100m_design_is_the_documents_prototype():
-    """A window of 512; ring and store of 512 places of 512 each, half key, half value; one state for all."""
+def test_the_100m_design_has_the_prototypes_slots_at_half_their_width():
+    """A window of 512; ring and store of 512 slots, key and value 256 wide; one state for all layers."""
     config = load_config("design_100m")
     with torch.device("meta"):
         (state,) = MemoryTransformer(config).init_state(1).memories

@@ -1,8 +1,8 @@
 """One long stream: does what a model holds stay the same size, and does it stay as fast?
 
-The stream is fed call by call, as a service would feed it, and measured in tenths: spec C8, and law L6
-at full length. Half-way everything is saved, read back into a new model, and both go on. Ids are random
-and weights untrained: neither size nor speed hangs on what is remembered.
+The stream is fed call by call, as a service would feed it, and measured in tenths of its length (law L6,
+bounded state; docs/coverage.md). Half-way, everything is saved and read back into a new model, and both
+continue. Ids are random and weights untrained: size and speed do not depend on the content.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from memlib.models.state import MemoryState
 from memlib.models.stores import Stores, attach_stores, save_stores
 
 TENTHS = 10
-SLOWEST = 0.9  # the last tenth's speed over the second's (spec C8)
+SLOWEST = 0.9  # least allowed speed of the last tenth, relative to the second tenth
 FRESH = 8  # segments of each call that the model without a past is fed
 RESIDENT = 16 * 2**20  # bytes that Python and the allocator take and give back without a leak
 

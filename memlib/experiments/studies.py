@@ -60,7 +60,7 @@ def slots() -> dict[str, Config]:
 
 
 def prototype() -> dict[str, Config]:
-    """The ring and its store, holding six segments of 16 tokens, and at the document's 512 places each."""
+    """The ring and its store with places for six segments of 16 tokens, and with 512 places each."""
     small = load_config("recall_ring")
     large = {"memory.ring.short_slots": 512, "memory.ring.long_slots": 512}
     return {"recall_ring": small, "recall_ring_512": override(small, large)}

@@ -234,7 +234,7 @@ def generate(
     generator: Generators = None,
     cached: bool = True,
 ) -> Generation:
-    """Go on from prompts, and from what is remembered (spec D12).
+    """Generate tokens that continue prompts, starting from given memory states.
 
     input_ids: [b t]; attention_mask: [b t], 0 for padding, which is left out: a row's result is that of
     its own tokens alone, however long the others are. memory_state: what earlier calls left: a batch's

@@ -1,4 +1,4 @@
-"""Parameter groups with their own rates, and the schedules that scale them (spec D10, D15)."""
+"""Parameter groups with their own learning rates, and learning-rate schedules."""
 
 from __future__ import annotations
 

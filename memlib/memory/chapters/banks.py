@@ -1,4 +1,4 @@
-"""Learnable memory tokens: what a model knows beside its weights, read by attention (spec D2).
+"""Banks of learnable memory tokens, read by attention.
 
 Axes: m memory tokens, d their width (e where a bank keeps them narrower), r rank, c chapters.
 
@@ -7,11 +7,11 @@ are kept in `Rows`, which `memlib.memory.chapters.quantization` can exchange for
 
 | bank | parameters | with 4096 tokens of width 4096, r = 512 |
 | --- | --- | --- |
-| standard | m d | 16,777,216 (67 MB in float32: the document's "67M" counts bytes) |
+| standard | m d | 16,777,216 (67 MB in float32) |
 | factorised | (m + d) r | 4,194,304, a quarter |
 | reduced | m r | 2,097,152, an eighth |
 
-Source: "Core Package", Memory Bank Implementations.
+Source: "Core Package", Memory Bank Implementations; docs/coverage.md corrects its figures.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memory tokens in 8 or 4 bits (spec D7).
+"""Quantization of memory tokens to 8 or 4 bits ("Core Package", docs/coverage.md).
 
 Axes: m rows, d their width, g groups of a row, w numbers of a group.
 

@@ -1,4 +1,4 @@
-"""Which chapters of a memory a token reads (spec D5).
+"""Routers that select the chapters of a memory bank ("Core Package", docs/coverage.md).
 
 Axes: b batch, n tokens, d hidden, c chapters, k chosen, g decisions: one for a row or one for each token.
 
@@ -120,7 +120,7 @@ class ChapterRouter(nn.Module):
 class TokenLevelRouter(ChapterRouter):
     """Each token chooses for itself: -> (indices [b n k], weights [b n k], losses).
 
-    The document keeps it for generation, where one token is read at a time.
+    "Core Package" uses it for generation only, where one token is read at a time.
     """
 
     def forward(

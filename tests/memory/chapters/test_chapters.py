@@ -212,7 +212,7 @@ def test_the_laws_hold_also_in_training_without_chapters_and_quantised(training,
 
 
 class Pooled(ChapterMemory):
-    """The document's mean of the input, in a stream: a choice that knows the tokens to come."""
+    """The mean of the segment itself in a stream: the choice depends on later tokens (not causal)."""
 
     def summary(self, hidden, state):
         return hidden.mean(1, keepdim=True)
