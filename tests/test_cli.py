@@ -97,12 +97,12 @@ def test_generate_speaks_a_tasks_words(tmp_path, monkeypatch, capsys):
     assert main(["generate", "run", "--prompt", "-", "--tokens", "3"]) == 0
     capsys.readouterr()
     for words, said in {
-        ("--prompt", "hello"): "'hello' is no word of this vocabulary: it has _ ? . k0",
+        ("--prompt", "hello"): "'hello' is not in this vocabulary: it has _ ? . k0",
         ("--prompt", ""): "prompt 0 has no tokens",
         ("--prompt", "k1", "--stop", "k1 k2"): "--stop 'k1 k2': is 2 tokens",
         ("--prompt", "k1", "--tokens", "0"): "max_new_tokens = 0",
-        ("--prompt", "k1", "--top-k", "3"): "set temperature above 0 too",
-        ("--prompt", "k1", "--state", "run/config.yaml"): "not a whole state file",
+        ("--prompt", "k1", "--top-k", "3"): "set temperature above 0",
+        ("--prompt", "k1", "--state", "run/config.yaml"): "incomplete or damaged state file",
     }.items():
         assert main(["generate", "run", *words]) == 2
         error = capsys.readouterr().err
@@ -247,7 +247,7 @@ def test_retrieval_prints_latency_with_recall(tmp_path, capsys):
     found = json.loads((tmp_path / "r.json").read_text())
     assert [r["index"] for r in found] == ["torch", "hnsw"] and found[0]["recall"] == 1
     assert main([*words[:-1], "tree"]) == 2
-    assert "index 'tree': known: torch, flat" in capsys.readouterr().err
+    assert "index 'tree': choose one of torch, flat" in capsys.readouterr().err
 
 
 def test_stream_says_what_is_not_flat(tmp_path, capsys):
@@ -256,13 +256,13 @@ def test_stream_says_what_is_not_flat(tmp_path, capsys):
     status = main([*words, *size])
     said = capsys.readouterr().out
     assert "| recall_external, torch | 3,072 | 64 |" in said and "| recall_baseline | 3,072 | 64 |" in said
-    assert ("flat: memory, speed" in said) == (status == 0)
+    assert ("constant: memory, speed" in said) == (status == 0)
     found = json.loads((tmp_path / "r.json").read_text())
     assert [r["search"] for r in found] == ["", "", "torch"] and all(r["resumed"] for r in found)
     assert main([*words, "--tokens", "3000"]) == 2
-    assert "feed at least" in capsys.readouterr().err
+    assert "use at least" in capsys.readouterr().err
     assert main([*words[:4], "--store", "tree"]) == 2
-    assert "index 'tree': known: torch, flat" in capsys.readouterr().err
+    assert "index 'tree': choose one of torch, flat" in capsys.readouterr().err
 
 
 def test_compress_prints_bytes_and_accuracy(tmp_path, capsys):

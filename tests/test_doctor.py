@@ -78,7 +78,7 @@ def test_an_extra_may_be_missing_but_not_differ(tmp_path: Path) -> None:
 def test_without_a_lock_there_is_nothing_to_contradict(tmp_path: Path) -> None:
     row = doctor.report(tmp_path)["Packages"]
     assert row["problems"] == []
-    assert "no lock beside the package" in row["means"]
+    assert "no lock files found" in row["means"]
 
 
 def test_a_gpu_is_named_with_its_memory() -> None:
