@@ -1,6 +1,6 @@
-"""memlib: a notebook-first lab for transformers that remember.
+"""memlib: a notebook-first lab for memory-augmented transformers.
 
-Names are imported when first used, so that `import memlib` is quick and loads no torch.
+Names are imported when first used, so `import memlib` is fast and does not load torch.
 """
 
 from __future__ import annotations

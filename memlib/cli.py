@@ -1,4 +1,4 @@
-"""The front door: `memlib COMMAND`; each command is a function here that prints what the package measured."""
+"""The command line: `memlib COMMAND`; each command is one function here that prints its results."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ EPILOG = """examples:
   memlib train my.yaml training.max_steps=500 --out runs/mine
   memlib eval runs/recall_internal/seed-0 --segments 4 32 --json result.json
   memlib generate runs/notes --prompt "def " --temperature 0.8 --stream
-  memlib generate runs/notes --prompt "Ann: " --state ann.safetensors    memory goes on from call to call
+  memlib generate runs/notes --prompt "Ann: " --state ann.safetensors    keep memory from call to call
   memlib table recall                                train, measure and print a whole table
-  memlib compress runs/topics_routed                 bytes against accuracy, by rank and bits
-  memlib retrieval --keys 1024 65536                 latency with recall of each index
+  memlib compress runs/topics_routed                 bytes and accuracy of a bank, by rank and bits
+  memlib retrieval --keys 1024 65536                 latency and recall of each index
   memlib retrieval runs/passkey_external/seed-0      a trained model's accuracy with each index
-  memlib stream recall_internal recall_ltm model.segment_length=128     a million tokens through each
-  memlib capacity                                    what each memory can hold
+  memlib stream recall_internal recall_ltm model.segment_length=128     feed a million tokens to each
+  memlib capacity                                    capacity of each memory
   memlib config show recall_internal                 every field of a preset
-  memlib config diff recall_internal my.yaml         what differs, by path
+  memlib config diff recall_internal my.yaml         fields that differ
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; errors that a person can mend come out as one line and exit status 2."""
+    """Run a command; an error that the user can fix is printed as one line, with exit status 2."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
     try:
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="memlib",
-        description="Train, measure and look inside transformers that remember.",
+        description="Train, evaluate and inspect memory-augmented transformers.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -58,102 +58,116 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help="train a configuration")
     command.add_argument("config", help="a YAML file or a preset: " + ", ".join(preset_names()))
     command.add_argument("changes", nargs="*", metavar="path=value", help="e.g. training.max_steps=100")
-    command.add_argument("--seeds", type=int, nargs="+", help="one run for each (default: the config's)")
+    command.add_argument("--seeds", type=int, nargs="+", help="one run per seed (default: the config's seed)")
     command.add_argument("--out", type=Path, help="folder of the run(s) (default: runs/CONFIG)")
-    command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    command.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     command.set_defaults(run=train)
 
-    command = commands.add_parser("eval", help="measure trained runs")
+    command = commands.add_parser("eval", help="measure the accuracy of trained runs")
     command.add_argument("runs", nargs="+", type=Path, help="folders of runs, or of their seeds")
-    command.add_argument("--segments", type=int, nargs="+", default=[4, 32], help="lengths to measure at")
+    command.add_argument("--segments", type=int, nargs="+", default=[4, 32], help="lengths of the examples")
     command.add_argument("--json", type=Path, help="also write the results here")
     command.set_defaults(run=evaluate)
 
-    command = commands.add_parser("generate", help="go on from a prompt with a trained run")
+    command = commands.add_parser("generate", help="generate text with a trained run")
     command.add_argument("folder", type=Path, help="folder of the run")
-    command.add_argument("--prompt", required=True, help="what to go on from; - reads it from standard input")
-    command.add_argument("--tokens", type=int, default=200, help="tokens to generate at most")
+    command.add_argument("--prompt", required=True, help="text to continue; - reads it from standard input")
+    command.add_argument("--tokens", type=int, default=200, help="maximum number of new tokens")
     command.add_argument("--temperature", type=float, default=0.0, help="0: always the most probable token")
-    command.add_argument("--top-k", type=int, help="draw from the k most probable tokens")
-    command.add_argument("--top-p", type=float, help="draw from the fewest tokens that sum to p")
-    command.add_argument("--stop", help="one more token that ends the text")
-    command.add_argument("--seed", type=int, help="of the draws (default: go on as --state left off, else 0)")
-    command.add_argument("--stream", action="store_true", help="print text as it comes")
-    command.add_argument("--state", type=Path, help="file that carries memory from call to call")
+    command.add_argument("--top-k", type=int, help="sample from the k most probable tokens")
+    command.add_argument("--top-p", type=float, help="sample from the smallest set with probability p")
+    command.add_argument("--stop", help="an additional token that ends the text")
+    command.add_argument(
+        "--seed", type=int, help="sampling seed (default: continue --state's generator, or 0)"
+    )
+    command.add_argument("--stream", action="store_true", help="print text while it is generated")
+    command.add_argument("--state", type=Path, help="file that keeps the memory from call to call")
     command.set_defaults(run=generate)
 
-    command = commands.add_parser("table", help="train and measure one of the README's tables")
+    command = commands.add_parser("table", help="train and measure all runs of a published table")
     command.add_argument(
         "name",
         choices=["recall", "rewrite", "passkey", "mixed", "compression", "slots", "prototype"]
         + ["age", "banks", "topics", "collapse", "low_rank"],
     )
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    command.add_argument("--segments", type=int, nargs="+", help="default: the lengths of the stored table")
-    command.add_argument("--out", type=Path, default=Path("runs"), help="finished runs in it are reused")
+    command.add_argument(
+        "--segments", type=int, nargs="+", help="lengths of the examples (default: the published ones)"
+    )
+    command.add_argument(
+        "--out", type=Path, default=Path("runs"), help="folder of the runs; finished runs in it are reused"
+    )
     command.add_argument("--json", type=Path, help="default: OUT/NAME.json")
     command.set_defaults(run=table)
 
-    command = commands.add_parser("compress", help="rank and bits of trained chapters against accuracy")
+    command = commands.add_parser("compress", help="accuracy of trained chapters by rank and bits")
     command.add_argument("runs", nargs="+", type=Path, help="folders of runs, or of their seeds")
     command.add_argument("--examples", type=int, default=256, help="examples to measure on")
     command.add_argument("--json", type=Path, help="also write the results here")
     command.set_defaults(run=compress)
 
-    command = commands.add_parser("retrieval", help="measure what searching costs, and what it finds")
-    command.add_argument("folder", nargs="?", type=Path, help="a run with external memory: its accuracy")
-    command.add_argument("--keys", type=int, nargs="+", default=[1024, 8192, 65_536], help="without a run")
+    command = commands.add_parser("retrieval", help="measure latency and recall of each index")
+    command.add_argument(
+        "folder", nargs="?", type=Path, help="measure the accuracy of this run (with external memory) instead"
+    )
+    command.add_argument(
+        "--keys", type=int, nargs="+", default=[1024, 8192, 65_536], help="numbers of keys (without a run)"
+    )
     command.add_argument("--dim", type=int, default=64, help="width of a key (without a run)")
-    command.add_argument("--segments", type=int, default=66, help="length to measure a run at")
-    command.add_argument("--examples", type=int, default=64, help="examples to measure a run on")
-    command.add_argument("--index", nargs="+", help="which (default: all)")
+    command.add_argument("--segments", type=int, default=66, help="length of the examples (with a run)")
+    command.add_argument("--examples", type=int, default=64, help="number of examples (with a run)")
+    command.add_argument("--index", nargs="+", help="indexes to measure (default: all)")
     command.add_argument("--json", type=Path, help="also write the results here")
     command.set_defaults(run=retrieval)
 
-    command = commands.add_parser("hybrid", help="measure what each part of a trained hybrid is worth")
+    command = commands.add_parser("hybrid", help="ablate each part of a trained hybrid")
     command.add_argument("runs", nargs="+", type=Path, help="folders of runs, or of their seeds")
-    command.add_argument("--segments", type=int, default=16, help="length to measure at")
-    command.add_argument("--family", default="fact", help="tokens whose search the oracle's gate makes")
+    command.add_argument("--segments", type=int, default=16, help="length of the examples")
+    command.add_argument("--family", default="fact", help="tokens for which the oracle gate searches")
     command.add_argument("--examples", type=int, default=128)
     command.add_argument("--json", type=Path, help="also write the results here")
     command.set_defaults(run=hybrid)
 
-    command = commands.add_parser("stream", help="feed a long stream: do memory and speed stay flat?")
+    command = commands.add_parser("stream", help="long stream benchmark: are memory and speed constant?")
     command.add_argument(
         "words", nargs="+", metavar="CONFIG | path=value", help="YAML files or presets, and changes to all"
     )
-    command.add_argument("--tokens", type=int, default=1_000_000, help="of each stream")
-    command.add_argument("--batch", type=int, default=1, help="streams at once")
-    command.add_argument("--segments", type=int, default=32, help="segments to a call")
+    command.add_argument("--tokens", type=int, default=1_000_000, help="tokens of each stream")
+    command.add_argument("--batch", type=int, default=1, help="streams in parallel")
+    command.add_argument("--segments", type=int, default=32, help="segments per call")
     command.add_argument(
-        "--store", action="append", default=[], metavar="INDEX", help="external memory also in a store"
+        "--store",
+        action="append",
+        default=[],
+        metavar="INDEX",
+        help="also measure external memory in a store with this index (may be repeated)",
     )
     command.add_argument("--json", type=Path, help="also write the results here")
     command.set_defaults(run=stream)
 
-    command = commands.add_parser("capacity", help="what each memory can hold, as Markdown")
-    command.add_argument("--out", type=Path)
+    command = commands.add_parser("capacity", help="capacity of each memory, as Markdown")
+    command.add_argument("--out", type=Path, help="file to write (default: print)")
     command.set_defaults(run=capacity)
 
     command = commands.add_parser("config", help="show, check or document configurations")
     what = command.add_subparsers(required=True, metavar="WHAT")
-    show = what.add_parser("show", help="print every field")
-    show.add_argument("config")
-    show.add_argument("changes", nargs="*", metavar="path=value")
+    show = what.add_parser("show", help="print every field of a configuration")
+    show.add_argument("config", help="a YAML file or a preset")
+    show.add_argument("changes", nargs="*", metavar="path=value", help="e.g. model.num_layers=4")
     show.set_defaults(run=config_show)
-    validate = what.add_parser("validate", help="check files or presets")
-    validate.add_argument("configs", nargs="+")
+    validate = what.add_parser("validate", help="check YAML files or presets")
+    validate.add_argument("configs", nargs="+", help="YAML files or presets")
     validate.set_defaults(run=config_validate)
-    diff = what.add_parser("diff", help="what differs between two files or presets; exit status 1 if they do")
-    diff.add_argument("one")
-    diff.add_argument("other")
+    diff = what.add_parser("diff", help="print the fields that differ; exit status 1 if any differ")
+    diff.add_argument("one", help="a YAML file or a preset")
+    diff.add_argument("other", help="a YAML file or a preset")
     diff.set_defaults(run=config_diff)
-    docs = what.add_parser("docs", help="the reference of every field, as Markdown")
-    docs.add_argument("--out", type=Path)
+    docs = what.add_parser("docs", help="print the reference of all fields, as Markdown")
+    docs.add_argument("--out", type=Path, help="file to write (default: print)")
     docs.set_defaults(run=config_docs)
 
-    command = commands.add_parser("doctor", help="say what this machine can do")
-    command.add_argument("--json", action="store_true", help="for programs")
+    command = commands.add_parser("doctor", help="report what this machine and environment support")
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
     command.set_defaults(run=doctor)
     return parser
 
@@ -163,12 +177,12 @@ def read_config(name: str, changes: list[str]) -> Config:
 
 
 def seed_folders(runs: list[Path]) -> list[Path]:
-    """Each run's seeds, or the run itself where it has none."""
+    """The seed folders of each run, or the run itself if it has none."""
     return [seed for run in runs for seed in (sorted(run.glob("seed-*")) or [run])]
 
 
 def write_rows(rows: object, path: Path | None) -> None:
-    """Write what was measured as JSON, where that is asked for; dataclasses become mappings."""
+    """Write results as JSON if a path is given; dataclasses become mappings."""
     import json
     from dataclasses import asdict
 
@@ -224,7 +238,7 @@ def generate(arguments: argparse.Namespace) -> int:
     tokenizer = tokenizer_for(model.config)
     stop = tokenizer.encode(arguments.stop or "")
     if len(stop) > 1:
-        raise ValueError(f"--stop {arguments.stop!r}: is {len(stop)} tokens; give one that is a single token")
+        raise ValueError(f"--stop {arguments.stop!r}: is {len(stop)} tokens; use a single token")
     config = GenerationConfig(
         max_new_tokens=arguments.tokens,
         temperature=arguments.temperature,
@@ -340,7 +354,9 @@ def stream(arguments: argparse.Namespace) -> int:
     print(markdown(*measured.stream_table(results)))
     write_rows(results, arguments.json)
     complaints = [f"{r.name} {r.search}: {what}" for r in results for what in r.unsteady()]
-    print("\n".join(["", *complaints] if complaints else ["", "flat: memory, speed, and the copy's logits"]))
+    print(
+        "\n".join(["", *complaints] if complaints else ["", "constant: memory, speed, and the copy's logits"])
+    )
     return 1 if complaints else 0
 
 

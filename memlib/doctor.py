@@ -1,7 +1,7 @@
-"""What this machine and this environment can do: `make doctor`.
+"""Report what this machine and this environment support: `make doctor`.
 
-Importing this file needs the standard library alone, and a package that is missing or broken is a
-line of the report: the doctor must speak where the environment is the patient.
+This file imports only the standard library, and it reports a missing or broken package as a line of the
+report: it must work in a broken environment.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Row = dict[str, Any]
 
 
 def report(root: Path = ROOT) -> dict[str, Row]:
-    """What was found, by subject: each row has a `value` and what it `means` for a person.
+    """The findings by subject: each row has a `value` and its meaning in words, `means`.
 
-    `root` is the repository, whose lock files are in `root/environment`. The row "Packages" has
-    `problems` too: a line for each way in which the environment contradicts the lock.
+    root: the repository, with lock files in `root/environment`. The row "Packages" also has `problems`: one
+    line for each difference between the environment and the lock.
     """
     torch = load("torch")
     return {
@@ -49,7 +49,7 @@ def report(root: Path = ROOT) -> dict[str, Row]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the report. Returns 1 if the environment contradicts the lock, else 0."""
+    """Print the report; returns 1 if the environment differs from the lock, else 0."""
     parser = argparse.ArgumentParser(prog="memlib doctor", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(argv)
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load(name: str) -> Any:
-    """The imported module, or the exception that importing it raised."""
+    """Import a module; returns it, or the exception that the import raised."""
     try:
         return importlib.import_module(name)
     except Exception as error:  # a broken binary raises OSError, RuntimeError and others
@@ -110,7 +110,7 @@ def cpu() -> Row:
 
 def memory() -> Row:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    # In a container the machine's memory is not what may be used.
+    # A container may use less memory than the machine has.
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
@@ -170,7 +170,7 @@ def faiss() -> Row:
 
 
 def pretrained() -> Row:
-    """Looks the version up only: importing transformers takes seconds."""
+    """Look up the version only: importing transformers takes seconds."""
     try:
         version = metadata.version("transformers")
     except metadata.PackageNotFoundError:
@@ -186,13 +186,13 @@ def browser() -> Row:
 
 
 def packages(root: Path, torch: Any) -> Row:
-    """The installed versions against base.txt and the torch file of this build of torch.
+    """Compare the installed versions with base.txt and the lock of this torch build.
 
-    What extras.txt names may be missing, but not differ.
+    Packages of extras.txt may be missing, but must not differ.
     """
     folder, minors = root / "environment", supported(root)
     if not (folder / "base.txt").exists():
-        means = "no lock beside the package, so nothing to compare with"
+        means = "no lock files found, so versions are not compared"
         return {"value": f"{len(list(metadata.distributions()))}", "means": means, "problems": []}
     build = "cuda" if getattr(getattr(torch, "version", None), "cuda", None) else "cpu"
     locked = pins(folder / "base.txt") | pins(folder / f"torch-{build}.txt")

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Atomic writing of files: an interrupted write leaves the old file unchanged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file through a scratch file of this process: it is whole, or as it was before."""
+    """Write a text file atomically, through a temporary file."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f"{target.name}.{os.getpid()}.part")
@@ -16,7 +16,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file whole or not at all, and have it on the disk before returning."""
+    """Write a file atomically and flush it to disk before returning."""
     target = Path(path)
     scratch = target.with_name(f"{target.name}.{os.getpid()}.part")
     handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)

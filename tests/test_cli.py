@@ -97,12 +97,12 @@ def test_generate_speaks_a_tasks_words(tmp_path, monkeypatch, capsys):
     assert main(["generate", "run", "--prompt", "-", "--tokens", "3"]) == 0
     capsys.readouterr()
     for words, said in {
-        ("--prompt", "hello"): "'hello' is no word of this vocabulary: it has _ ? . k0",
+        ("--prompt", "hello"): "'hello' is not in this vocabulary: it has _ ? . k0",
         ("--prompt", ""): "prompt 0 has no tokens",
         ("--prompt", "k1", "--stop", "k1 k2"): "--stop 'k1 k2': is 2 tokens",
         ("--prompt", "k1", "--tokens", "0"): "max_new_tokens = 0",
-        ("--prompt", "k1", "--top-k", "3"): "set temperature above 0 too",
-        ("--prompt", "k1", "--state", "run/config.yaml"): "not a whole state file",
+        ("--prompt", "k1", "--top-k", "3"): "set temperature above 0",
+        ("--prompt", "k1", "--state", "run/config.yaml"): "incomplete or damaged state file",
     }.items():
         assert main(["generate", "run", *words]) == 2
         error = capsys.readouterr().err
@@ -188,8 +188,8 @@ def test_a_preset_that_is_not_large_is_small(name):
     assert abs(size - LARGE[name]) < 0.02 * LARGE[name] if name in LARGE else size < 6e6
 
 
-def test_the_7b_design_is_the_documents_hierarchy_on_sequences_of_32k():
-    """8 banks of 1024 slots of 512; level 1 reaches over the sequence; the baseline below is a 7B too."""
+def test_the_7b_design_has_eight_banks_and_sequences_of_32k():
+    """8 banks of 1024 slots of 512; level 1 covers the sequence; the model without memory has 6.74B."""
     config = load_config("design_7b")
     with torch.device("meta"):
         model = MemoryTransformer(config)
@@ -206,8 +206,8 @@ def test_the_7b_design_is_the_documents_hierarchy_on_sequences_of_32k():
     assert plain == 6_738_415_616 and 0.04 < memory / plain < 0.06
 
 
-def test_the_100m_design_is_the_documents_prototype():
-    """A window of 512; ring and store of 512 places of 512 each, half key, half value; one state for all."""
+def test_the_100m_design_has_the_prototypes_slots_at_half_their_width():
+    """A window of 512; ring and store of 512 slots, key and value 256 wide; one state for all layers."""
     config = load_config("design_100m")
     with torch.device("meta"):
         (state,) = MemoryTransformer(config).init_state(1).memories
@@ -247,7 +247,7 @@ def test_retrieval_prints_latency_with_recall(tmp_path, capsys):
     found = json.loads((tmp_path / "r.json").read_text())
     assert [r["index"] for r in found] == ["torch", "hnsw"] and found[0]["recall"] == 1
     assert main([*words[:-1], "tree"]) == 2
-    assert "index 'tree': known: torch, flat" in capsys.readouterr().err
+    assert "index 'tree': choose one of torch, flat" in capsys.readouterr().err
 
 
 def test_stream_says_what_is_not_flat(tmp_path, capsys):
@@ -256,13 +256,13 @@ def test_stream_says_what_is_not_flat(tmp_path, capsys):
     status = main([*words, *size])
     said = capsys.readouterr().out
     assert "| recall_external, torch | 3,072 | 64 |" in said and "| recall_baseline | 3,072 | 64 |" in said
-    assert ("flat: memory, speed" in said) == (status == 0)
+    assert ("constant: memory, speed" in said) == (status == 0)
     found = json.loads((tmp_path / "r.json").read_text())
     assert [r["search"] for r in found] == ["", "", "torch"] and all(r["resumed"] for r in found)
     assert main([*words, "--tokens", "3000"]) == 2
-    assert "feed at least" in capsys.readouterr().err
+    assert "use at least" in capsys.readouterr().err
     assert main([*words[:4], "--store", "tree"]) == 2
-    assert "index 'tree': known: torch, flat" in capsys.readouterr().err
+    assert "index 'tree': choose one of torch, flat" in capsys.readouterr().err
 
 
 def test_compress_prints_bytes_and_accuracy(tmp_path, capsys):

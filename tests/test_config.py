@@ -53,7 +53,7 @@ def test_an_unknown_key_is_named_with_its_path_and_what_is_known(path, known):
         from_dict(Config, nested(path, 1))
 
 
-# Every field of the plan's dataclasses (spec D1) and where it is; adapters, LoRA, instruction data and
+# Every field of the dataclasses in "Implementation Plan" and its place; adapters, LoRA, instruction data and
 # several processes are not in the package, and neither are their options.
 PLAN = {
     "memory": """memory_layer_placement memory_layer_k memory_layer_n memory_layer_custom memory_sharing
@@ -169,7 +169,7 @@ def test_a_value_outside_its_limits_is_refused_with_the_limit(path, value, limit
         ({"task.segments_min": 5}, r"task.segments_min = 5: must be at most task.segments = 4"),
         (
             {"training.curriculum": [{"from_step": 5}, {"from_step": 5}]},
-            r"training.curriculum: from_step must rise.*\[5, 5\]",
+            r"training.curriculum: from_step must increase.*\[5, 5\]",
         ),
         (
             {"training.curriculum": [{"set": {"recall.pairs": 1}}]},

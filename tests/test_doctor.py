@@ -91,7 +91,7 @@ def test_the_python_is_compared_with_what_the_project_supports(
 def test_without_a_lock_there_is_nothing_to_contradict(tmp_path: Path) -> None:
     row = doctor.report(tmp_path)["Packages"]
     assert row["problems"] == []
-    assert "no lock beside the package" in row["means"]
+    assert "no lock files found" in row["means"]
 
 
 def test_a_gpu_is_named_with_its_memory() -> None:

@@ -1,7 +1,7 @@
-"""Configuration: dataclasses, YAML in and out, and errors that name the full path of what is wrong.
+"""Configuration: dataclasses, YAML files, and errors that name the full path of a bad field.
 
-One `Config` describes a run: `model` (the transformer), `memory` (what remembers, where, how it is
-fused), `task` (what it is trained on) and `training` (how). Each field carries its documentation and its
+One `Config` describes a run: `model` (the transformer), `memory` (which memories, in which layers, fused
+how), `task` (the data) and `training` (the optimization). Each field carries its documentation and its
 limits, so that validation, `memlib config show` and `docs/config.md` have one source.
 """
 

@@ -1,4 +1,4 @@
-"""A whole configuration: the groups together, what they must agree on, and which layers remember."""
+"""The complete configuration: all groups, the checks across groups, and which layers have memory."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from memlib.config.training import Stage, TrainingConfig
 
 @dataclass(kw_only=True)
 class Config:
-    """A whole run."""
+    """The configuration of a run."""
 
     model: ModelConfig = option(ModelConfig, "the transformer")
-    memory: MemoryConfig = option(MemoryConfig, "what remembers")
-    task: TaskConfig = option(TaskConfig, "what it is trained on")
-    training: TrainingConfig = option(TrainingConfig, "how it is trained")
+    memory: MemoryConfig = option(MemoryConfig, "the memories")
+    task: TaskConfig = option(TaskConfig, "the data: what the model is trained and measured on")
+    training: TrainingConfig = option(TrainingConfig, "the training loop")
 
     def __post_init__(self) -> None:
         validate(self)
 
 
 def get_memory_layer_indices(config: Config) -> list[int]:
-    """The layers that have memory, ascending; none for the baseline and in vanilla mode."""
+    """Indices of the layers with memory, ascending; empty for the baseline and in vanilla mode."""
     memory, layers = config.memory, config.model.num_layers
     if memory.vanilla_mode or not memory.kinds:
         return []
-    k = min(memory.memory_layer_k, layers)
+    count = min(memory.memory_layer_k, layers)
     return {
         "all": list(range(layers)),
-        "first_k": list(range(k)),
-        "last_k": list(range(layers - k, layers)),
+        "first_k": list(range(count)),
+        "last_k": list(range(layers - count, layers)),
         "every_n": list(range(memory.memory_layer_n - 1, layers, memory.memory_layer_n)),
         "custom": sorted(set(memory.memory_layer_custom or [])),
     }[memory.memory_layer_placement]
 
 
 def get_memory_kinds(config: Config) -> dict[int, list[str]]:
-    """Memory layer -> the memories it has, in the order of `memory.kinds`."""
+    """Memory layer -> names of its memories, in the order of `memory.kinds`."""
     memory = config.memory
     return {
         layer: [kind for kind in memory.kinds if (i + 1) % getattr(memory, kind).every == 0]
@@ -49,7 +49,7 @@ def get_memory_kinds(config: Config) -> dict[int, list[str]]:
 
 
 def get_memory_bank_assignments(config: Config) -> dict[int, int]:
-    """Memory layer -> index of the bank (the state) it reads and writes."""
+    """Memory layer -> index of its sharing group; layers of one group share one state."""
     sharing = config.memory.memory_sharing
     group = {"shared": config.model.num_layers, "per_layer": 1}.get(sharing, config.memory.memory_sharing_k)
     return {layer: i // group for i, layer in enumerate(get_memory_layer_indices(config))}
@@ -98,12 +98,13 @@ def validate(config: Config) -> Config:
         getattr(memory, kind).check(model, f"memory.{kind}")
         if getattr(memory, kind).in_attention and memory.fusion == "residual":
             raise ConfigError(
-                f"memory.fusion = 'residual': memory.{kind} is set to take part in the attention, which "
-                "has no place in a residual branch; set fusion: softmax, or let it be fused"
+                f"memory.fusion = 'residual': memory.{kind} is set to be read inside the attention, which "
+                "residual fusion does not support; set fusion: softmax, or use "
+                f"memory.{kind} with fusion instead of inside the attention"
             )
     if memory.memory_block_variant == "B" and memory.fusion == "softmax":
         raise ConfigError(
-            "memory.memory_block_variant = 'B': exists for memory.fusion: residual only; "
+            "memory.memory_block_variant = 'B': is available with memory.fusion: residual only; "
             "set fusion: residual or memory_block_variant: A"
         )
     if task.segments_min is not None and task.segments_min > task.segments:
@@ -112,13 +113,14 @@ def validate(config: Config) -> Config:
         )
     steps = [stage.from_step for stage in config.training.curriculum]
     if steps != sorted(set(steps)):
-        raise ConfigError(f"training.curriculum: from_step must rise from stage to stage, not {steps}")
+        raise ConfigError(f"training.curriculum: from_step must increase from stage to stage, not {steps}")
     for i, stage in enumerate(config.training.curriculum):
         check_stage(config, stage, f"training.curriculum[{i}].set")
     return config
 
 
 def check_stage(config: Config, stage: Stage, path: str) -> None:
+    """Raise ConfigError unless the stage's task fields exist and are valid."""
     try:
         override(config.task, stage.set)
     except ConfigError as error:

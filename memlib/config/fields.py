@@ -1,6 +1,6 @@
-"""What a configuration field is: its documentation, type and limits, and errors that name the full path.
+"""Configuration fields: documentation, type, limits, and errors that name the full path.
 
-Nothing here knows which fields there are: `model.py`, `memory.py`, `task.py` and `training.py` do.
+The fields themselves are defined in `model.py`, `memory.py`, `task.py` and `training.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ UNSET: Any = object()  # None may be an option's small value
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the path, the value and the remedy."""
+    """Invalid configuration; the message names the path, the value and the remedy."""
 
 
 def option(
@@ -25,7 +25,7 @@ def option(
     known_as: str | None = None,
     small: Any = UNSET,
 ) -> Any:
-    """A dataclass field with its documentation and inclusive limits; known_as: the design's name for it.
+    """A dataclass field with its documentation and inclusive limits; known_as: its other name.
 
     small: the value for tests, required for every integer option of a memory. It is small enough to be
     cheap and large enough to have several of everything.
@@ -40,7 +40,7 @@ def option(
 
 
 def describe(kind: Any) -> str:
-    """A type as a person would say it."""
+    """A type in plain English, for error messages and docs/config.md."""
     if kind is type(None):
         return "null"
     if get_origin(kind) is Literal:
@@ -55,7 +55,7 @@ def describe(kind: Any) -> str:
 
 
 def paths_of(kind: Any, name: str, path: str = "") -> list[str]:
-    """Where in a config dataclass fields of this name stand, or fields the design has by this name."""
+    """Paths of all fields of a config dataclass with this name, or known by this name (`known_as`)."""
     found = []
     for f in fields(kind):
         here, inner = f"{path}{f.name}", get_type_hints(kind)[f.name]
@@ -67,14 +67,14 @@ def paths_of(kind: Any, name: str, path: str = "") -> list[str]:
 
 
 def unknown(path: str, known: list[str], root: Any) -> ConfigError:
-    """The refusal of a key that is not at `path` of the dataclass `root`, and where else it may be."""
+    """The error for a key that does not exist at `path` of `root`, with suggestions from elsewhere in it."""
     elsewhere = paths_of(root, path.rpartition(".")[2])
     hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
     return ConfigError(f"{path}: unknown key; known here: {', '.join(known)}{hint}")
 
 
 def convert(value: Any, kind: Any, path: str, root: Any = None) -> Any:
-    """`value` as `kind`, or a ConfigError that says what would be right."""
+    """Convert `value` to the type `kind`; raises ConfigError with the expected type."""
     wrong = ConfigError(f"{path} = {value!r}: expected {describe(kind)}")
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
@@ -109,9 +109,9 @@ def convert(value: Any, kind: Any, path: str, root: Any = None) -> Any:
 
 
 def from_dict(kind: Any, values: Any, path: str = "", root: Any = None) -> Any:
-    """A dataclass from a mapping; unknown keys and wrong types are refused with their full path.
+    """Build a dataclass from a mapping; an unknown key or wrong type raises ConfigError with its full path.
 
-    root: the dataclass in which `path` begins, `kind` itself if None.
+    root: the dataclass in which `path` begins; `kind` itself if None.
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{path or 'the file'} = {values!r}: expected a mapping")
@@ -125,6 +125,7 @@ def from_dict(kind: Any, values: Any, path: str = "", root: Any = None) -> Any:
 
 
 def check_fields(config: Any, path: str) -> None:
+    """Convert every field to its type and raise ConfigError if a value is outside its limits."""
     hints = get_type_hints(type(config))
     for f in fields(config):
         here, value = f"{path}.{f.name}" if path else f.name, getattr(config, f.name)

@@ -1,4 +1,4 @@
-"""Configurations in and out: YAML files, shipped presets, overrides by path."""
+"""Load and save configurations: YAML files, shipped presets, overrides by path."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ def load_config(path: str | os.PathLike[str]) -> Config:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested dictionaries, ready for YAML or JSON."""
+    """Convert a configuration to plain nested dictionaries, ready for YAML or JSON."""
     return dataclasses.asdict(config)
 
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
-    """Write all fields as YAML, atomically: the file is whole or as it was."""
+    """Write all fields as YAML, atomically: an interrupted write leaves the old file unchanged."""
     write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def differences(one: Config, other: Config) -> list[tuple[str, str, str]]:
-    """(path, value in one, value in the other) of every field that differs, in order, as YAML has them."""
+    """(path, value in one, value in the other) of every field that differs, with values in YAML syntax."""
     mine, theirs = flat(to_dict(one)), flat(to_dict(other))
     return [
         (path, yaml_scalar(value), yaml_scalar(theirs[path]))
@@ -74,7 +74,7 @@ def differences(one: Config, other: Config) -> list[tuple[str, str, str]]:
 
 
 def flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
+    """Flatten nested dictionaries: {"a": {"b": 1}} becomes {"a.b": 1}."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
@@ -82,5 +82,5 @@ def flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def yaml_scalar(value: Any) -> str:
-    """A default as it would stand in a YAML file."""
+    """A value in YAML syntax, on one line."""
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()

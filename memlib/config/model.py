@@ -1,4 +1,4 @@
-"""Options of the transformer itself."""
+"""Options of the transformer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from memlib.config.fields import option
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """The transformer itself."""
+    """The transformer without its memories."""
 
     hidden_dim: int = option(768, "width d of the residual stream", 1)
     num_heads: int = option(12, "attention heads h; must divide hidden_dim", 1)
@@ -17,7 +17,7 @@ class ModelConfig:
     intermediate_dim: int = option(3072, "width of the SwiGLU feed-forward", 1)
     vocab_size: int = option(32000, "token ids are 0 … vocab_size - 1", 2)
     segment_length: int = option(
-        512, "tokens n in a segment: the attention window", 1, known_as="max_seq_len"
+        512, "tokens n in a segment, which is also the attention window", 1, known_as="max_seq_len"
     )
     use_rope: bool = option(True, "rotary positions inside the window")
     tie_embeddings: bool = option(False, "the output layer reuses the embedding matrix")

@@ -1,4 +1,4 @@
-"""The reference of all fields, written from the dataclasses themselves."""
+"""The reference of all configuration fields, generated from the dataclasses."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def reference(kind: type = Config, path: str = "") -> list[tuple[str, str, str, 
 
 
 def reference_page() -> str:
-    """docs/config.md: every field in a table a group."""
+    """The text of docs/config.md: one table per group of fields."""
     lines = [
         "# Configuration reference",
         "",
         "Written by `make docs` from the dataclasses in `memlib/config/`; do not edit.",
-        "A YAML file holds any part of it; what it leaves out has the default below.",
+        "A YAML file may set any of these fields; all others keep the default below.",
         "Shipped presets, usable by bare name: " + ", ".join(f"`{name}`" for name in preset_names()) + ".",
     ]
     for path, kind, default, doc in reference():
@@ -42,7 +42,7 @@ def reference_page() -> str:
                 "",
                 f"{doc[0].upper()}{doc[1:]}.",
                 "",
-                "| field | type | default | what it is |",
+                "| field | type | default | description |",
             ]
             lines += ["| --- | --- | --- | --- |"]
         else:

@@ -12,32 +12,34 @@ from memlib.config.fields import option
 class RecallConfig:
     """Associative recall across segments: key-value pairs early, queries in the last segment."""
 
-    num_pairs: int = option(4, "pairs shown", 1)
+    num_pairs: int = option(4, "key-value pairs shown", 1)
     num_queries: int | None = option(None, "pairs asked in the last segment; all if null", 1)
     num_keys: int = option(16, "distinct keys", 2)
     num_values: int = option(16, "distinct values; chance is 1 / num_values", 2)
     num_fillers: int = option(16, "distinct distractor tokens", 1)
-    rewrites: int = option(0, "pairs shown again with a new value; the last one counts", 0)
+    rewrites: int = option(0, "pairs shown again with a new value; the last value counts", 0)
 
 
 @dataclass(kw_only=True)
 class PasskeyConfig:
-    """A key of several digits somewhere in noise; asked for in the last segment."""
+    """A key of several digits hidden in noise; the last segment asks for it."""
 
     num_digits: int = option(2, "digits of the key", 1)
     num_symbols: int = option(10, "symbols a digit is drawn from", 2)
     num_fillers: int = option(32, "distinct noise tokens", 1)
-    depth: float | None = option(None, "0: first segment, 1: last before the query; null: random", 0, 1)
+    depth: float | None = option(
+        None, "position of the key. 0: first segment; 1: last before the query; null: random", 0, 1
+    )
 
 
 @dataclass(kw_only=True)
 class MixedConfig:
-    """Many facts shown once and a few registers set again and again; asked for both in the end."""
+    """Many facts shown once and a few registers set repeatedly; the last segment asks for both."""
 
     num_facts: int = option(16, "facts shown", 1)
     num_fact_keys: int = option(32, "distinct keys of facts", 1)
     num_registers: int = option(4, "registers", 1)
-    num_settings: int = option(3, "times each register is set; the last one counts", 1)
+    num_settings: int = option(3, "times each register is set; the last value counts", 1)
     fact_queries: int = option(3, "facts asked in the last segment", 1)
     register_queries: int = option(2, "registers asked in the last segment", 1)
     num_values: int = option(16, "distinct values; chance is 1 / num_values", 2)
@@ -46,41 +48,43 @@ class MixedConfig:
 
 @dataclass(kw_only=True)
 class TopicsConfig:
-    """Streams about topics; the value of a key is a fact of its topic, the same in the whole corpus."""
+    """Streams about topics; each topic has a fixed value for each key, the same in the whole corpus."""
 
     num_topics: int = option(8, "topics; chance is 1 / num_topics", 1)
     num_words: int = option(4, "words of each topic", 1, 26)
     num_keys: int = option(16, "distinct keys, asked in every topic", 1)
     num_values: int = option(16, "distinct values", 2)
     num_queries: int = option(4, "facts asked in a segment", 1)
-    change: float = option(0.0, "how often a segment is about another topic than the one before", 0.0, 1.0)
-    facts_seed: int = option(0, "the facts of the corpus are drawn from it", 0)
+    change: float = option(0.0, "probability that a segment has another topic than the one before", 0.0, 1.0)
+    facts_seed: int = option(0, "seed of the corpus's facts", 0)
 
 
 @dataclass(kw_only=True)
 class CopyConfig:
-    """Say the first segment's symbols again, in order, in the last segment."""
+    """Copying: the last segment repeats the first segment's symbols in order."""
 
     num_items: int = option(4, "symbols to copy", 1)
     num_symbols: int = option(16, "distinct symbols", 2)
-    num_fillers: int = option(16, "distinct noise tokens between", 1)
-    selective: bool = option(False, "symbols stand scattered among the noise of all segments but the last")
+    num_fillers: int = option(16, "distinct noise tokens", 1)
+    selective: bool = option(
+        False, "scatter the symbols over all segments but the last, between noise tokens"
+    )
 
 
 @dataclass(kw_only=True)
 class QaConfig:
     """bAbI-style stories: people move and carry things; questions with 1-3 supporting facts."""
 
-    supporting_facts: int = option(1, "facts an answer needs", 1, 3)
+    supporting_facts: int = option(1, "facts needed for an answer", 1, 3)
     num_people: int = option(4, "people in the world", 2, 8)
-    num_places: int = option(6, "places; chance is 1 / num_places (3 facts: one less)", 2, 8)
+    num_places: int = option(6, "places; chance is 1 / num_places (1 / (num_places - 1) for 3 facts)", 2, 8)
     num_objects: int = option(3, "things that can be carried", 1, 6)
-    distractors: int = option(2, "sentences of idle talk for each fact", 0)
+    distractors: int = option(2, "irrelevant sentences for each fact", 0)
 
 
 @dataclass(kw_only=True)
 class TextConfig:
-    """Real text, byte level, as parallel streams that keep memory and rows aligned."""
+    """Real text as bytes; each row of a batch continues its own stream from batch to batch."""
 
     dataset: str = option(
         "python-stdlib",
@@ -91,20 +95,18 @@ class TextConfig:
     split: str = option("train", "split of a hub dataset to read", known_as="dataset_split")
     text_field: str = option("text", "column that holds the text")
     max_bytes: int = option(4_000_000, "bytes to read at most", 1000)
-    download: bool = option(
-        False, "a hub dataset that is not in the local cache may be fetched over the network"
-    )
+    download: bool = option(False, "allow fetching a hub dataset that is not in the local cache")
 
 
 @dataclass(kw_only=True)
 class TaskConfig:
-    """What the model is trained and measured on."""
+    """The task that the model is trained and measured on."""
 
     name: Literal["recall", "passkey", "mixed", "topics", "copy", "qa", "text"] = option("recall", "the task")
-    segments: int = option(4, "segments in an example (at most, where segments_min is set)", 1)
+    segments: int = option(4, "segments in an example; with segments_min, the maximum", 1)
     segments_min: int | None = option(None, "training draws the length from segments_min … segments", 1)
     recall: RecallConfig = option(RecallConfig, "associative recall")
-    passkey: PasskeyConfig = option(PasskeyConfig, "passkey in noise")
+    passkey: PasskeyConfig = option(PasskeyConfig, "passkey hidden in noise")
     mixed: MixedConfig = option(MixedConfig, "facts and registers")
     topics: TopicsConfig = option(TopicsConfig, "facts of topics")
     copy: CopyConfig = option(CopyConfig, "copy and selective copy")

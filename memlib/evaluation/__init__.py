@@ -1,4 +1,4 @@
-"""Measuring what a model can do."""
+"""Evaluation: accuracy, retrieval, ablations, compression, long streams and capacity."""
 
 from __future__ import annotations
 

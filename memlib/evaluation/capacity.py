@@ -1,8 +1,10 @@
-"""What each memory can hold, computed from the memories' own states.
+"""Capacity of each memory, computed from its state.
 
-Nothing is allocated: each memory is built on the meta device, and its `init_state` gives the state of one
-stream. Bytes count that whole state, counters included; places and values count only the tensors that store
+Nothing is allocated: each memory is built on the meta device, and `init_state` gives the state of one
+stream. Bytes count the whole state, counters included; places and values count only tensors that store
 content.
+
+Axes: b batch (one stream), e width.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ MILLION = 1_000_000
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor that stores content: its places, the values in each, the tokens one place stands for.
+    """A tensor that stores content: number of places, values per place, tokens per place.
 
-    tokens_each is None where one place summarises the whole sequence.
+    tokens_each is None if one place summarises the whole sequence.
     """
 
     name: str
@@ -49,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Capacity:
-    """The state of one stream in one memory; float32 and bfloat16: its size in bytes in that type."""
+    """The state of one stream in one memory; float32, bfloat16: bytes with weights of that type."""
 
     name: str
     parts: list[Part]
@@ -79,7 +81,7 @@ def capacity(kind: str, hidden_dim: int, name: str = "", **options: Any) -> Capa
 def parts_of(state: State, config: Any) -> list[Part]:
     """The tensors of a state that store content.
 
-    For a memory not named here: every floating-point tensor of shape [b … e] with at least three axes.
+    For other memories: every floating-point tensor of shape [b … e] with at least three axes.
     """
     if isinstance(state, HdsState):
         blocks, banks = state.level_1.blocks, state.banks
@@ -91,7 +93,7 @@ def parts_of(state: State, config: Any) -> list[Part]:
     if isinstance(state, RingState):
         stores = {"ring": state.ring.items, "store": state.store.items}
         return [Part(name, items.slots.shape[1], items.slots.shape[2]) for name, items in stores.items()]
-    if isinstance(state, ChapterState):  # content is in the parameters; the state only chooses chapters
+    if isinstance(state, ChapterState):  # content is in the parameters; the state only selects chapters
         summary, recent = state.summary, state.recent
         parts = [Part("last segment, mean", 1, summary.shape[1], None)]
         return parts + [Part("recent tokens", *recent.shape[1:])] * bool(recent.shape[1])
@@ -113,8 +115,8 @@ def defaults(hidden_dim: int) -> list[Capacity]:
 def designs() -> dict[str, Capacity]:
     """The two memories of "MM-Rec Memory Architecture" at its sizes (docs/coverage.md).
 
-    That document gives no model width and no block length; here they are 4096 and 64. Level 1 of the design
-    holds a sequence of 32K tokens. The prototype keeps keys and values of width 512 each, so an item is
+    The source gives no model width and no block length; here they are 4096 and 64. Level 1 of the design
+    covers a sequence of 32K tokens. The prototype stores keys and values of width 512 each, so a slot is
     twice as wide as by default.
     """
     return {
@@ -141,7 +143,7 @@ def table(capacities: Sequence[Capacity]) -> str:
 
 
 def size(count: int) -> str:
-    """A number of bytes, exact and in decimal units (kB, MB, GB)."""
+    """Format a number of bytes, exact and in decimal units (kB, MB, GB)."""
     for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
         if count >= 10**power:
             return f"{count:,} ({count / 10**power:.3g} {unit})"
@@ -151,17 +153,16 @@ def size(count: int) -> str:
 def page() -> str:
     """The text of docs/capacity.md."""
     hidden_dim = Config().model.hidden_dim
-    return f"""# What the memories can hold
+    return f"""# Capacity of the memories
 
-Written by `memlib capacity --out docs/capacity.md` from the memories' own states; do not edit. Each row is
-the state of one stream, for one layer or for all layers that share it (`memory.memory_sharing`). This page
+Written by `memlib capacity --out docs/capacity.md` from the memories' states; do not edit. Each row is the
+state of one stream, for one layer or for all layers that share it (`memory.memory_sharing`). This page
 counts capacity. It does not measure recall: the README's tables and the diary do.
 
-**places** is the number of slots, blocks or pairs that content is written to; **width** is the number of
-values in one. **tokens** counts a place as one token, and a block or a summary as the tokens it averages. A
-bank mixes all tokens that are written to one slot, so for a bank this number is neither guaranteed nor a
-limit. A ring, a store and pairs keep each token separately. The **whole state** includes counters, which
-are integers.
+**places** is the number of slots, blocks or pairs that store content; **width** is the number of values in
+one. **tokens** counts a place as one token, and a block or a summary as the tokens it averages. A bank mixes
+all tokens that are written to one slot, so for a bank this number is neither guaranteed nor a limit. A ring,
+a store and pairs keep each token separately. The **whole state** includes counters, which are integers.
 
 ## Default sizes
 
@@ -169,15 +170,15 @@ Every memory with its default options in a model of the default width, {hidden_d
 
 {table(defaults(hidden_dim))}
 
-The external memory can keep its pairs in a store on disk instead (`attach_stores`). A store holds up to
-twice the capacity in rows before it drops evicted ones. Every model also keeps the open window: up to
+External memory can keep its pairs in a store on disk instead (`attach_stores`). A store holds up to twice its
+capacity in rows before it deletes evicted rows. Every model also keeps the open window: up to
 `model.segment_length` tokens of keys and values in every layer.
 
 ## Sizes of "MM-Rec Memory Architecture"
 
-The design and the prototype of that document ([coverage.md](coverage.md)). It gives no model width and no
-block length; this table assumes 4,096 and 64 tokens, and enough blocks for 32K tokens. Keys and values of
-the prototype have width 512 each, twice the default.
+The design and the prototype of that source ([coverage.md](coverage.md)). It gives no model width and no block
+length; this table assumes 4,096 and 64 tokens, and enough blocks for 32K tokens. Keys and values of the
+prototype have width 512 each, twice the default.
 
 {table(list(designs().values()))}
 """

@@ -1,4 +1,8 @@
-"""What chapters are used for: how evenly, and whether each topic has its own."""
+"""Use of chapters: how evenly they are selected, and whether each topic has its own.
+
+Axes: b batch, s segments, n tokens of a segment, c chapters, e (example, segment) pairs; i, j values of two
+discrete variables.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,10 @@ from memlib.tasks.topics import Topics
 def topics_and_chapters(
     model: MemoryTransformer, task: Topics, examples: int = 256, layer: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For every segment but the first: what the one before was about, and the chapter that counted most.
+    """For every segment but the first: the previous segment's topic and the chapter with most weight.
 
-    -> topics [e], chapters [e], and loads [c], what each chapter counted in all, summing to 1. A choice
-    rests on the segment before; the first segment has none.
+    -> topics [e], chapters [e], and loads [c], the total weight of each chapter, normalised to sum 1. A
+    selection is made from the previous segment; the first segment has none.
     """
     tokens = task.batch(examples, 0, split="test").tokens
     seen: list[Tensor] = []
@@ -39,11 +43,11 @@ def topics_and_chapters(
 
 
 def chapter_use(model: MemoryTransformer, task: Topics, seed: int = 0) -> dict[str, float]:
-    """Tokens that each token reads; and of a model with chapters how they are used.
+    """Number of memory tokens read by each token, and measures of how chapters are used.
 
-    information: of topic and chapter, as a part of what the topic holds; shuffled: the same with the
-    topics in random order; in use: chapters with at least a tenth of an even share; entropy: of the
-    loads, as a part of even use.
+    information: mutual information of topic and chapter / entropy of the topic; shuffled: the same with
+    topics in random order; in use: chapters with at least a tenth of an even load; entropy: entropy of the
+    loads / entropy of even loads.
     """
     memories = [m for m in model.modules() if isinstance(m, ChapterMemory)]
     if not memories:
@@ -63,22 +67,26 @@ def chapter_use(model: MemoryTransformer, task: Topics, seed: int = 0) -> dict[s
 
 
 def load_entropy(loads: np.ndarray) -> float:
-    """-sum_c p_c log p_c / log c of loads [c]: 1 where all are used evenly, 0 where one has everything."""
+    """Normalised entropy of loads [c]: -sum_c p_c log p_c / log(chapters); 1 if even, 0 if one is used."""
     share = loads / loads.sum()
     some = share[share > 0]
     return max(0.0, float(-(some * np.log(some)).sum() / np.log(len(loads)))) if len(loads) > 1 else 1.0
 
 
 def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
-    """I(a; b) / H(a) of two lists of whole numbers [e]: how much of a is known from b, 0 … 1.
+    """I(a; b) / H(a) of two integer arrays [e]: the fraction of a's entropy known from b, 0 … 1.
 
-    Counts of a sample: also of independent lists it is above 0, by about (kinds of a - 1)
-    (kinds of b - 1) / (2 e H(a)); compare with a shuffled list. 0 where a never varies.
+    The estimate from a sample is biased: for independent arrays it is about (distinct values of a - 1)
+    (distinct values of b - 1) / (2 e H(a)). Compare it with a shuffled array. It is 0 if a is constant.
     """
     joint = np.zeros((int(a.max()) + 1, int(b.max()) + 1))
     np.add.at(joint, (a, b), 1 / len(a))
-    apart = einsum(joint.sum(1), joint.sum(0), "i, j -> i j")
+    independent = einsum(joint.sum(1), joint.sum(0), "i, j -> i j")
     there = joint > 0
     alone = joint.sum(1)[joint.sum(1) > 0]
     entropy = -(alone * np.log(alone)).sum()
-    return float((joint[there] * np.log(joint[there] / apart[there])).sum() / entropy) if entropy > 0 else 0.0
+    return (
+        float((joint[there] * np.log(joint[there] / independent[there])).sum() / entropy)
+        if entropy > 0
+        else 0.0
+    )

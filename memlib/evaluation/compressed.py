@@ -1,4 +1,7 @@
-"""How few bytes a trained bank can do with: rank and bits against accuracy, nothing trained again."""
+"""Compression of a trained bank without further training: accuracy by rank and bits.
+
+Axes: m memory tokens, r rank, d width.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ RANKS, BITS = (1, 2, 4, 8, 16, None), (32, 8, 4)
 
 @dataclass(frozen=True)
 class Compressed:
-    """A bank kept at a rank (None: as it is) and with so many bits: its bytes, and the accuracy with it.
+    """Bytes of a bank and the model's accuracy with it, at one rank (None: full) and number of bits.
 
-    Rank 0 is a bank of zeros, in no bytes: the control.
+    Rank 0 is the control: a bank of zeros, which needs no bytes.
     """
 
     rank: int | None
@@ -37,14 +40,16 @@ class Compressed:
 
 @torch.no_grad()
 def low_rank(bank: MemoryBank, rank: int) -> FactorizedMemoryBank:
-    """The nearest bank of a rank: with M = U S V^T, A = U_r sqrt(S_r), B = V_r sqrt(S_r).
+    """The best approximation of a bank at a rank: with M = U S V^T, A = U_r sqrt(S_r), B = V_r sqrt(S_r).
 
-    No other of that rank is nearer in the sum of squares (Eckart and Young 1936). Raises ValueError
-    where the rank is above what a matrix of that shape can have.
+    It minimises the squared error among all banks of that rank (Eckart and Young 1936). Raises ValueError
+    if the rank is not in 1 … min(m, d).
     """
     tokens = bank()
     if not 1 <= rank <= min(tokens.shape):
-        raise ValueError(f"rank = {rank}: must be 1 … {min(tokens.shape)} for {tuple(tokens.shape)} numbers")
+        raise ValueError(
+            f"rank = {rank}: must be 1 … {min(tokens.shape)} for a bank of {tuple(tokens.shape)}"
+        )
     u, s, v = torch.linalg.svd(tokens, full_matrices=False)
     root = s[:rank].sqrt()
     kept = FactorizedMemoryBank(bank.num_tokens, bank.dim, rank).to(tokens)
@@ -55,13 +60,13 @@ def low_rank(bank: MemoryBank, rank: int) -> FactorizedMemoryBank:
 
 @torch.no_grad()
 def compress(bank: MemoryBank, rank: int | None, bits: int, group_size: int = 64) -> MemoryBank:
-    """A bank at a rank (None: as it is) and 32, 8 or 4 bits, packed; the given one is not changed."""
+    """A copy of a bank at a rank (None: full) and 32, 8 or 4 bits, packed."""
     kept: MemoryBank = low_rank(bank, rank) if rank is not None else whole(bank)
     return kept if bits == 32 else QuantizedMemoryBank(kept, bits, group_size).pack()
 
 
 def whole(bank: MemoryBank) -> StandardMemoryBank:
-    """The same tokens as plain rows."""
+    """A copy of a bank's tokens in a `StandardMemoryBank`."""
     tokens = bank()
     kept = StandardMemoryBank(bank.num_tokens, bank.dim).to(tokens)
     kept.tokens.weight.data.copy_(tokens)
@@ -76,16 +81,16 @@ def bytes_against_accuracy(
     bits: tuple[int, ...] = BITS,
     examples: int = 256,
 ) -> list[Compressed]:
-    """Nothing, then every rank with every number of bits, for a model with one bank; it ends as it began.
+    """Accuracy with a bank of zeros, then with every rank and number of bits; the model is not changed.
 
-    Rank None is the bank as it is. Odd ranks have no 4 bits. Raises ValueError for a model
-    without such a bank, or with several.
+    Rank None is the full bank. Odd ranks are skipped at 4 bits. Raises ValueError unless the model has
+    exactly one bank.
     """
     memories = [m for m in model.modules() if isinstance(m, ChapterMemory)]
     if len(memories) != 1:
         raise ValueError(
-            f"this model has {len(memories)} banks of learnable tokens: one is needed; set memory.kinds: "
-            "[chapters], and memory.memory_layer_placement to one layer"
+            f"this model has {len(memories)} banks of learnable tokens: exactly one is required; set "
+            "memory.kinds: [chapters], and memory.memory_layer_placement to one layer"
         )
     (memory,) = memories
     trained = memory.bank
@@ -105,7 +110,7 @@ def bytes_against_accuracy(
         for rank in ranks:
             for b in bits:
                 if b == 4 and rank is not None and rank % 2:
-                    continue  # an odd row cannot be packed two to a byte
+                    continue  # two 4-bit values share a byte, so a row needs an even width
                 kept = compress(tokens, rank, b)
                 results.append(Compressed(rank, b, kept.nbytes, read_from(kept)))
     finally:
@@ -114,7 +119,7 @@ def bytes_against_accuracy(
 
 
 def compressed_table(runs: list[list[Compressed]]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table, one row a rank and number of bits, fewest bytes first: the span of runs."""
+    """Header and rows of a table: the range of accuracy over runs, by rank and bits, fewest bytes first."""
     rows = []
     for same in sorted(zip(*runs, strict=True), key=lambda same: same[0].nbytes):
         scores = sorted(r.accuracy for r in same)

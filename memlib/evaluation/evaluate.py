@@ -1,4 +1,4 @@
-"""How good a model is at a task."""
+"""Accuracy and loss of a model on a task's test split."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from memlib.tasks.scoring import correct, scored_cross_entropy
 
 @dataclass(frozen=True)
 class Score:
-    """accuracy at the scored positions, mean cross-entropy in nats, how many positions, chance."""
+    """accuracy: at the scored positions; loss: mean cross-entropy in nats; positions: their number; chance:
+    accuracy of the best guess without memory."""
 
     accuracy: float
     loss: float
@@ -36,8 +37,8 @@ def evaluate(
 ) -> Score:
     """Score a model on the task's test split.
 
-    memory=False forgets everything before each segment: the ablation that shows what memory is worth.
-    For a task that continues, rows carry their memory from batch to batch, as in training.
+    memory=False resets the state before each segment, an ablation of the memory. If the task continues,
+    rows carry their memory from batch to batch, as in training.
     """
     batch_size = task.test_rows(batch_size)
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""What the banks of a hierarchy of states hold: each alone, and all of them in a stream that does not end."""
+"""Evaluation of a hierarchy of states: reads from one bank only, and recall in a long stream."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from memlib.tasks.scoring import correct
 
 @contextmanager
 def read_alone(memory: HdsMemory, bank: int) -> Iterator[None]:
-    """Let every token read level 3 from one bank only, while the block runs.
+    """Temporarily restrict reads of level 3 to one bank.
 
-    Raises IndexError for a bank that is not there.
+    Raises IndexError if the bank does not exist.
     """
     gate = memory.banks.read_gate
     kept = [p.detach().clone() for p in (gate.weight, gate.bias)]
     if not 0 <= bank < len(gate.bias):
-        raise IndexError(f"bank {bank}: there are banks 0 to {len(gate.bias) - 1}")
+        raise IndexError(f"bank {bank}: choose one of 0 to {len(gate.bias) - 1}")
     try:
         with torch.no_grad():
             gate.weight.zero_()
@@ -38,10 +38,9 @@ def read_alone(memory: HdsMemory, bank: int) -> Iterator[None]:
 
 @torch.no_grad()
 def recall_in_stream(model: MemoryTransformer, task: Task, episodes: int, rows: int = 256) -> list[float]:
-    """Accuracy of each of some examples that follow one another in one stream, nothing forgotten between.
+    """Accuracy on each of several consecutive examples of one stream, without a reset in between.
 
-    Each of the `rows` streams goes on with a new example, which has facts of its own: what earlier ones left
-    behind is in the way.
+    Every example has its own facts, so content of earlier examples interferes. rows: streams in parallel.
     """
     state, accuracy = None, []
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""What each part of a hybrid is worth, and what its retrieval gate spares (spec A4).
+"""Ablations of a hybrid model: accuracy without each part, and searches saved by its retrieval gate.
 
 Axes: b batch, t tokens of the stream.
 """
@@ -24,8 +24,8 @@ Plan = Callable[[Batch], Tensor]
 
 @dataclass(frozen=True)
 class Measured:
-    """Accuracy by the family of the asked token; searched: the part of all tokens that was searched for;
-    cpu_seconds: of the whole pass, to be compared with another row's only."""
+    """accuracy: by family of the queried token; searched: fraction of tokens that triggered a search;
+    cpu_seconds: of the whole pass, comparable only with other rows of the same table."""
 
     name: str
     accuracy: dict[str, float]
@@ -34,18 +34,18 @@ class Measured:
 
 
 def measure_hybrid(model: MemoryTransformer, task: Task, family: str, examples: int = 256) -> list[Measured]:
-    """The whole, each part left out, and other ways to decide who is searched for.
+    """Measure the full model, the model without each part, and other search decisions.
 
-    family: the one of the task's vocabulary that needs retrieval, as the oracle's gate knows.
+    family: the family of the task's vocabulary that needs retrieval; the oracle gate searches for it.
 
-    | row                    | what it is                                                       |
-    | learned                | the model as it is                                               |
-    | without internal, …    | one source shut in the fusion, the others share its weight       |
-    | always, never          | every token is searched for, none                                |
-    | oracle                 | tokens of the family are, and no others                          |
-    | by lot                 | as many as the learned gate asks for, at random: the control     |
+    | row                    | what is measured                                                 |
+    | learned                | the model as trained                                             |
+    | without internal, …    | one source masked in the fusion softmax                          |
+    | always, never          | every token triggers a search; no token does                     |
+    | oracle                 | only tokens of the family trigger a search                       |
+    | random                 | control: random tokens, as many as the learned gate selects      |
 
-    Raises ValueError for a model that is no hybrid with a retrieval gate.
+    Raises ValueError for a model without a retrieval gate.
     """
     if not gated(model):
         raise ValueError(
@@ -58,11 +58,11 @@ def measure_hybrid(model: MemoryTransformer, task: Task, family: str, examples: 
         with left_out(model, source):
             rows.append(measure(model, task, f"without {kind}", examples))
     needed = task.vocabulary[family]
-    lots = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     plans: dict[str, Plan] = {
         "always": lambda batch: torch.ones_like(batch.scored),
         "oracle": lambda batch: of_family(batch.tokens, needed),
-        "by lot": lambda batch: torch.rand(batch.scored.shape, generator=lots) < learned.searched,
+        "random": lambda batch: torch.rand(batch.scored.shape, generator=generator) < learned.searched,
         "never": lambda batch: torch.zeros_like(batch.scored),
     }
     return rows + [measure(model, task, name, examples, plan) for name, plan in plans.items()]
@@ -71,7 +71,7 @@ def measure_hybrid(model: MemoryTransformer, task: Task, family: str, examples: 
 def measure(
     model: MemoryTransformer, task: Task, name: str, examples: int = 256, plan: Plan | None = None
 ) -> Measured:
-    """One row; with a plan, its word counts instead of the gates': who is searched for, [b t] true."""
+    """Measure one row; plan: which tokens trigger a search, [b t], in place of the gates' decision."""
     right: dict[str, int] = {}
     asked: dict[str, int] = {}
     searched = total = 0
@@ -82,15 +82,15 @@ def measure(
             planned, state, hits = plan(batch) if plan else None, None, []
             for start in range(0, batch.tokens.shape[1], n):
                 part = slice(start, start + n)
-                asked_for = None if planned is None else planned[:, part]
-                with decided(model, asked_for) as heard:
+                search = None if planned is None else planned[:, part]
+                with decided(model, search) as decisions:
                     before = time.process_time()
                     output = model(batch.tokens[:, part], memory_state=state)
                     seconds += time.process_time() - before
                 state = output.memory_state
                 hits.append(output.logits.argmax(-1) == batch.targets[:, part])
-                searched += sum(int(search.sum()) for search in heard)
-                total += sum(search.numel() for search in heard)
+                searched += sum(int(made.sum()) for made in decisions)
+                total += sum(made.numel() for made in decisions)
             for family, count, good in tally(task, batch, torch.cat(hits, 1)):
                 asked[family] = asked.get(family, 0) + count
                 right[family] = right.get(family, 0) + good
@@ -99,7 +99,7 @@ def measure(
 
 
 def tally(task: Task, batch: Batch, hit: Tensor) -> Iterator[tuple[str, int, int]]:
-    """(family, scored positions at a token of it, hits among them); hit: [b t]."""
+    """Yield (family, scored positions at its tokens, correct ones among them); hit: [b t]."""
     for family in task.vocabulary.families:
         here = batch.scored & of_family(batch.tokens, task.vocabulary[family])
         if bool(here.any()):
@@ -112,14 +112,14 @@ def gated(model: MemoryTransformer) -> list[ExternalMemory]:
 
 
 def of_family(tokens: Tensor, family: range) -> Tensor:
-    """Which tokens are of a family of the vocabulary: [b t] true."""
+    """Which tokens belong to a family of the vocabulary: [b t]."""
     return (tokens >= family.start) & (tokens < family.stop)
 
 
 @contextmanager
 def decided(model: MemoryTransformer, plan: Tensor | None) -> Iterator[list[Tensor]]:
-    """Inside, gates search where plan [b n] says, or as they are; yields who was searched for, by layer."""
-    heard: list[Tensor] = []
+    """Temporarily replace the gates' decisions by plan [b n] (None: keep them); yields them by layer."""
+    decisions: list[Tensor] = []
     memories = gated(model)
 
     def deciding(memory: ExternalMemory) -> Callable[[Tensor], Decision]:
@@ -130,7 +130,7 @@ def decided(model: MemoryTransformer, plan: Tensor | None) -> Iterator[list[Tens
             assert decision is not None
             if plan is not None:
                 decision = Decision(decision.gate, plan, decision.gate * plan)
-            heard.append(decision.search)
+            decisions.append(decision.search)
             return decision
 
         return decide
@@ -138,7 +138,7 @@ def decided(model: MemoryTransformer, plan: Tensor | None) -> Iterator[list[Tens
     for memory in memories:
         memory.decide = deciding(memory)  # type: ignore[assignment, method-assign]
     try:
-        yield heard
+        yield decisions
     finally:
         for memory in memories:
             del memory.decide
@@ -146,7 +146,7 @@ def decided(model: MemoryTransformer, plan: Tensor | None) -> Iterator[list[Tens
 
 @contextmanager
 def left_out(model: MemoryTransformer, source: int) -> Iterator[None]:
-    """Inside, one source of every softmax fusion has weight zero: 0 attention, 1 … the memories."""
+    """Temporarily mask one source of every softmax fusion: 0 attention, 1 … the memories."""
     fusions = [m for m in model.modules() if isinstance(m, SoftmaxFusion)]
     before = [fusion.gate.bias.detach().clone() for fusion in fusions]
     try:
@@ -159,7 +159,7 @@ def left_out(model: MemoryTransformer, source: int) -> Iterator[None]:
 
 
 def hybrid_table(rows: list[Measured]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows for people; time as a multiple of that with a search for every token."""
+    """Header and rows of a table; CPU time is relative to the row that always searches."""
     always = next(row.cpu_seconds for row in rows if row.name == "always")
     families = list(rows[0].accuracy)
     head = ["", *(f"{family} recalled" for family in families), "tokens searched for", "CPU time"]

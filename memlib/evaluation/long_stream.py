@@ -1,8 +1,10 @@
-"""One long stream: does what a model holds stay the same size, and does it stay as fast?
+"""The long stream benchmark: are memory and speed constant over a long stream?
 
-The stream is fed call by call, as a service would feed it, and measured in tenths: spec C8, and law L6
-at full length. Half-way everything is saved, read back into a new model, and both go on. Ids are random
-and weights untrained: neither size nor speed hangs on what is remembered.
+The stream is fed call by call, as a service would feed it, and measured in tenths of its length (law L6,
+bounded state; docs/coverage.md). Half-way, everything is saved and loaded into a new model, and both
+continue. Ids are random and weights untrained: size and speed do not depend on the content.
+
+Axes: b batch (streams), t tokens of a call, v vocabulary.
 """
 
 from __future__ import annotations
@@ -30,21 +32,21 @@ from memlib.models.state import MemoryState
 from memlib.models.stores import Stores, attach_stores, save_stores
 
 TENTHS = 10
-SLOWEST = 0.9  # the last tenth's speed over the second's (spec C8)
+SLOWEST = 0.9  # least allowed speed of the last tenth, relative to the second tenth
 FRESH = 8  # segments of each call that the model without a past is fed
-RESIDENT = 16 * 2**20  # bytes that Python and the allocator take and give back without a leak
+RESIDENT = 16 * 2**20  # bytes by which a process may grow without a leak, because of the allocator
 
 
 @dataclass(frozen=True)
 class StreamResult:
-    """How fast a model was and what it held, by tenth of the stream; sizes in bytes.
+    """Speed and memory by tenth of the stream; sizes in bytes.
 
-    speed: tokens per second of processor time; fresh: those of an equal model without a past, fed the
-    first segments of each call in turns with it, because a busy machine slows both; held: the most that
-    its state and stores had after a call; tensors: all that were made on the way and live at the tenth's
-    end, so that nothing hides; resident: the process. resumed: whether the copy that was read back
-    half-way gave bitwise the same logits for a tenth of the stream. search: how stores search, empty
-    without stores. tokens: of each of `batch` streams; window, call: in tokens.
+    speed: tokens per second of CPU time; fresh: the same for an equal model with an empty state, which is fed
+    the first segments of each call alternately, because a busy machine slows both; held: maximum size of
+    state and stores after a call; tensors: all tensors created since the start that are alive at the tenth's
+    end; resident: memory of the process. resumed: whether the copy loaded half-way gave bitwise equal logits
+    for a tenth of the stream. search: index of the stores, empty without stores. tokens: of each of `batch`
+    streams; window, call: in tokens.
     """
 
     name: str
@@ -63,52 +65,52 @@ class StreamResult:
 
     @property
     def ratio(self) -> float:
-        """The last tenth's speed over the second's (in the first, things warm up), each over `fresh`."""
+        """Speed of the last tenth / speed of the second, each divided by `fresh`; the first is warm-up."""
         return self.speed[-1] / self.fresh[-1] / (self.speed[1] / self.fresh[1])
 
     def unsteady(self) -> list[str]:
-        """All that did not stay as it was: empty if memory and speed are flat.
+        """What changed over the stream; empty if memory and speed are constant.
 
-        A store takes what comes until it is full, so it is compared from the second tenth on.
+        A store grows until it is full, so its size is compared from the second tenth on.
         """
         found = [
             f"{what} grew from {sizes[0]:,} to {max(sizes):,} bytes"
             for what, sizes in (
-                ("what it holds", self.held[1:] if self.search else self.held),
-                ("all tensors alive", self.tensors[1:]),
+                ("the state with its stores", self.held[1:] if self.search else self.held),
+                ("the sum of all live tensors", self.tensors[1:]),
             )
             if max(sizes) > sizes[0]
         ]
         if (grown := self.resident[-1] - self.resident[1]) > RESIDENT:
             found.append(f"the process grew by {grown:,} bytes (at most {RESIDENT:,})")
         if self.ratio < SLOWEST:
-            speed = f"{self.ratio:.2f} of the second's speed, both over the fresh one's"
-            found.append(f"the last tenth ran at {speed} (least {SLOWEST})")
+            speed = f"{self.ratio:.2f} of the second tenth's speed, each relative to the fresh model"
+            found.append(f"the last tenth ran at {speed} (at least {SLOWEST})")
         if not self.resumed:
-            found.append("the copy that was read back half-way gave other logits")
+            found.append("the copy loaded half-way gave different logits")
         return found
 
 
 class Run:
-    """A model with its stores and its state, on the way through a stream."""
+    """A model with its stores and its current state in a stream."""
 
     def __init__(self, model: MemoryTransformer, stores: Stores, state: MemoryState) -> None:
         self.model, self.stores, self.state = model, stores, state
 
     @torch.no_grad()
     def feed(self, ids: Tensor) -> Tensor:
-        """The logits of the stream's next ids: [b t] -> [b t v]."""
+        """Read the next ids of the stream and return their logits: [b t] -> [b t v]."""
         output = self.model(ids, memory_state=self.state)
         self.state = output.memory_state
         return output.logits
 
     @property
     def held(self) -> int:
-        """Bytes of all that is remembered."""
+        """Bytes of the state and the stores."""
         return self.state.nbytes + sum(store.nbytes for store in self.stores.values())
 
     def reread(self, index: IndexConfig | None) -> Run:
-        """Save everything to files and go on with what a new model reads from them."""
+        """Save model, stores and state to files, and load them into a new model."""
         with tempfile.TemporaryDirectory() as folder:
             weights, state, stored = (Path(folder, name) for name in ("weights", "state", "stores"))
             save_model(self.model, str(weights))
@@ -129,19 +131,19 @@ def measure_stream(
     search: str = "",
     index: IndexConfig | None = None,
 ) -> StreamResult:
-    """Feed `batch` streams of `tokens` each through an untrained model, `segments` to a call.
+    """Feed `batch` streams of `tokens` each to an untrained model, `segments` per call.
 
-    The number of tokens is rounded up to whole calls. search, index: external memory keeps its pairs in
-    stores that search so; without, in its state. Raises ValueError for fewer than two calls to a tenth,
-    and for stores without external memory.
+    The number of tokens is rounded up to whole calls. search, index: keep external memory in stores with
+    this index; without them it is in the state. Raises ValueError for fewer than two calls per tenth, and
+    for stores without external memory.
     """
     window = config.model.segment_length
     call = segments * window
     calls = -(-tokens // call)
     if calls < 2 * TENTHS:
         raise ValueError(
-            f"tokens = {tokens:,}: {calls} calls of {segments} segments of {window}; feed at least "
-            f"{(2 * TENTHS - 1) * call + 1:,}, or fewer segments to a call"
+            f"tokens = {tokens:,}: {calls} calls of {segments} segments of {window}; use at least "
+            f"{(2 * TENTHS - 1) * call + 1:,}, or fewer segments per call"
         )
     torch.set_num_threads(config.training.num_threads)
     model = new_model(config)
@@ -180,7 +182,7 @@ def measure_stream(
 
 @dataclass
 class Measured:
-    """Some calls: tokens and processor seconds, with the past and without; see `StreamResult`."""
+    """Totals over several calls: tokens, CPU seconds and sizes; see `StreamResult`."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -191,7 +193,7 @@ class Measured:
 
 
 def measure_calls(run: Run, fresh: MemoryTransformer, copy: Run | None, calls: Iterable[Tensor]) -> Measured:
-    """Feed the calls, each [b t], to the run, and to the copy; in turns a part of each to the fresh one."""
+    """Feed the calls, each [b t], to the run and its copy, and the first part of each to the fresh model."""
     total = Measured()
     part = FRESH * fresh.config.model.segment_length
     for ids in calls:
@@ -210,21 +212,21 @@ def measure_calls(run: Run, fresh: MemoryTransformer, copy: Run | None, calls: I
 
 
 def new_model(config: Config, seed: int = 0) -> MemoryTransformer:
-    """An untrained model, as training would start it."""
+    """An untrained model with seeded random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MemoryTransformer(config).eval()
 
 
 def token_ids(config: Config, batch: int, length: int, number: int) -> Tensor:
-    """The ids of call `number`, the same each time: [b t]."""
+    """Reproducible random ids of call `number`: [b t]."""
     generator = torch.Generator().manual_seed(number)
     return torch.randint(config.model.vocab_size, (batch, length), generator=generator)
 
 
 @contextmanager
 def only_new_objects() -> Iterator[None]:
-    """Set all objects there are aside: the collector looks at new ones only, and is quick."""
+    """Temporarily exclude existing objects from garbage collection, so that it is fast."""
     gc.collect()
     gc.freeze()
     try:
@@ -234,14 +236,14 @@ def only_new_objects() -> Iterator[None]:
 
 
 def tensor_bytes() -> int:
-    """Bytes of the tensors that are alive and not set aside, shared memory counted once."""
+    """Bytes of the live tensors that were created inside `only_new_objects`; shared memory counts once."""
     tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
     return sum(sizes.values())
 
 
 def resident_bytes() -> int:
-    """Memory that this process takes now; where the system does not say, the most it ever took."""
+    """Resident memory of this process now, or its peak where the system reports no current value."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -249,7 +251,7 @@ def resident_bytes() -> int:
 
 
 def stream_table(results: Sequence[StreamResult]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table: speed of two tenths, what is held after the first and at the end."""
+    """Header and rows of a table: speed and size of state and stores, by tenth of the stream."""
     head = ["model", "tokens", "window", "CPU-s", "tokens/s, 2nd tenth", "last tenth", "ratio", "over fresh"]
     head += ["held, 1st tenth", "2nd", "last", "process grew by", "resumed"]
     rows = [
@@ -264,7 +266,7 @@ def stream_table(results: Sequence[StreamResult]) -> tuple[list[str], list[list[
             f"{r.ratio:.2f}",
             *(f"{r.held[i]:,}" for i in (0, 1, -1)),
             f"{(r.resident[-1] - r.resident[1]) / 2**20:+.1f} MiB",
-            "the same" if r.resumed else "**other logits**",
+            "equal logits" if r.resumed else "**different logits**",
         ]
         for r in results
     ]

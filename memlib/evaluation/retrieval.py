@@ -1,8 +1,9 @@
-"""What retrieval costs and what it finds: latency with recall, always together.
+"""Retrieval benchmarks: latency together with recall, and accuracy by index.
 
-`measure_index` times one index over random unit keys, the hardest there are for an approximate index: they
-have no clusters. `measure_task` answers the question that matters: a trained model's accuracy when its
-memory searches by each index.
+`measure_index` times one index over random unit keys. These are hard for an approximate index, because they
+have no clusters. `measure_task` measures a trained model's accuracy with each index.
+
+Axes: 1 head, keys or queries, dim.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from memlib.models import MemoryTransformer
 from memlib.models.stores import attach_stores, detach_stores
 from memlib.tasks import Task
 
-EXACT = 2**62  # more keys than any stream has: always compared by torch
+EXACT = 2**62  # more keys than any stream has, so torch always searches exactly
 INDEXES = {
     "torch": IndexConfig(exact_below=EXACT),
     "flat": IndexConfig(kind="flat", exact_below=0),
     "ivf": IndexConfig(kind="ivf", exact_below=0),
     "ivfpq": IndexConfig(kind="ivfpq", exact_below=0),
     "hnsw": IndexConfig(kind="hnsw", exact_below=0),
-    # As memorizing-transformers-pytorch sets it.
+    # The settings of memorizing-transformers-pytorch.
     "hnsw 15/16": IndexConfig(
         kind="hnsw", exact_below=0, hnsw_links=15, hnsw_ef_construction=40, hnsw_ef_search=16
     ),
@@ -41,19 +42,19 @@ INDEXES = {
 
 
 def named_index(name: str) -> IndexConfig:
-    """One of `INDEXES`; ValueError for another name."""
+    """One of `INDEXES` by name; raises ValueError for an unknown name."""
     if name not in INDEXES:
-        raise ValueError(f"index {name!r}: known: {', '.join(INDEXES)}")
+        raise ValueError(f"index {name!r}: choose one of {', '.join(INDEXES)}")
     return INDEXES[name]
 
 
 @dataclass(frozen=True)
 class IndexResult:
-    """One index over some keys.
+    """Measurements of one index.
 
-    milliseconds: processor time of one search of all queries on one thread, median; recall: part of the
-    true top_k that came back; overhead: milliseconds over those of FAISS's own search of the same index,
-    both in turns (None for torch); build_seconds: the first search, which builds the index.
+    milliseconds: median CPU time of one search for all queries, on one thread; recall: fraction of the true
+    top_k that is retrieved; overhead: time / time of FAISS's own search of the same index, measured
+    alternately (None for torch); build_seconds: time of the first search, which builds the index.
     """
 
     index: str
@@ -66,7 +67,7 @@ class IndexResult:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A trained model on a task, its memory searched by one index; seconds for all examples."""
+    """Accuracy of a trained model on a task with one index; seconds: for all examples."""
 
     index: str
     segments: int
@@ -75,7 +76,7 @@ class TaskResult:
 
 
 def random_keys(count: int, dim: int, seed: int) -> Tensor:
-    """Random unit vectors as one head's: [1 count dim]."""
+    """Random unit vectors of one head: [1 count dim]."""
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(1, count, dim, generator=generator), dim=-1)
 
@@ -83,7 +84,7 @@ def random_keys(count: int, dim: int, seed: int) -> Tensor:
 def measure_index(
     name: str, keys: int, dim: int = 64, queries: int = 64, top_k: int = 32, repeats: int = 15
 ) -> IndexResult:
-    """Time one of `INDEXES` over random keys and compare what it finds with the truth."""
+    """Measure latency and recall of one of `INDEXES` on random keys."""
     library().omp_set_num_threads(1)
     torch.set_num_threads(1)
     stored, query = random_keys(keys, dim, 0), random_keys(queries, dim, 1)
@@ -111,7 +112,7 @@ def measure_index(
 
 
 def raw_search(store: Store, query: np.ndarray, top_k: int) -> Callable[[], object] | None:
-    """FAISS's own search of the store's index, which covers all keys but the last few; None below a block."""
+    """FAISS's own search of the store's index, which omits only the newest keys; None without an index."""
     if not store.streams[0].indexes:
         return None
     index = store.streams[0].indexes[0]
@@ -122,7 +123,7 @@ def raw_search(store: Store, query: np.ndarray, top_k: int) -> Callable[[], obje
 def in_turns(
     mine: Callable[[], object], theirs: Callable[[], object] | None, repeats: int
 ) -> tuple[list[float], list[float]]:
-    """Processor seconds of each call of the two, in turns, so that a busy machine slows both."""
+    """CPU seconds of each call of two functions, called alternately, so that a busy machine slows both."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
         for spent, call in zip(seconds, (mine, theirs), strict=True):
@@ -136,7 +137,7 @@ def in_turns(
 def measure_task(
     model: MemoryTransformer, task: Task, names: Sequence[str], examples: int, exact_below: int = 0
 ) -> list[TaskResult]:
-    """The model's accuracy with a store of each index: the state's own search first, as `state`."""
+    """Accuracy of the model with its state (row `state`), then with a store for each index."""
     results = []
     for name in ("state", *names):
         if name != "state":
@@ -150,7 +151,7 @@ def measure_task(
 
 
 def index_table(results: Sequence[IndexResult]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table of latency with recall."""
+    """Header and rows of a table: latency and recall by index."""
     head = ["keys", "index", "ms per batch", "recall", "over raw FAISS", "first search, s"]
     rows = [
         [
@@ -167,6 +168,6 @@ def index_table(results: Sequence[IndexResult]) -> tuple[list[str], list[list[st
 
 
 def task_table(results: Sequence[TaskResult]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table of accuracy by index."""
+    """Header and rows of a table: accuracy by index."""
     head = ["index", "segments", "accuracy", "s"]
     return head, [[r.index, str(r.segments), f"{r.accuracy:.4f}", f"{r.seconds:.1f}"] for r in results]

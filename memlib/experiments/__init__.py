@@ -1,1 +1,1 @@
-"""Runs side by side, and which runs make which table."""
+"""Experiments: train and compare several configurations, and the runs behind each published table."""

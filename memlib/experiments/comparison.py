@@ -1,4 +1,4 @@
-"""Train several configurations over several seeds and set them side by side: the tables of the README."""
+"""Train several configurations with several seeds and compare them: the tables of the README."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from memlib.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Result:
-    """One trained run, measured: accuracy on the test split by number of segments.
+    """Measurements of one run; accuracy: on the test split, by number of segments.
 
-    chapters: what a run on topics says of its chapters (`memlib.evaluation.chapters.chapter_use`).
+    chapters: use of chapters, for runs on topics (`memlib.evaluation.chapters.chapter_use`).
     """
 
     name: str
@@ -38,12 +38,12 @@ class Result:
 
 
 def measure(trainer: Trainer, name: str, segments: Sequence[int]) -> Result:
-    """The result of a trained run at each number of segments."""
+    """Measure a trained run at each number of segments."""
     return of_run(trainer, name, {n: trainer.evaluate(segments=n).accuracy for n in segments})
 
 
 def of_run(trainer: Trainer, name: str, accuracy: dict[int, float]) -> Result:
-    """What was measured of a run, and what the run was."""
+    """Build the `Result` of a run from its accuracies."""
     return Result(
         name,
         trainer.config.training.seed,
@@ -65,10 +65,10 @@ def compare(
     measures: Callable[[Trainer, str, Sequence[int]], list[Result]] | None = None,
     prepare: Callable[[MemoryTransformer], None] | None = None,
 ) -> list[Result]:
-    """Train every configuration with every seed; with a folder the runs are kept (and reused if whole).
+    """Train every configuration with every seed; with a folder, runs are saved and finished ones reused.
 
-    measures: what to measure of each run, where not its accuracy at each number of segments; prepare:
-    changes a new model before it is trained.
+    measures: measures each run, in place of its accuracy at each number of segments; prepare: changes a
+    new model before training.
     """
     results = []
     for name, config in configs.items():
@@ -88,20 +88,20 @@ def compare(
 def to_markdown(results: Sequence[Result]) -> str:
     """A table with one row per run."""
     segments = list(results[0].accuracy)
-    said = list(dict.fromkeys(name for r in results for name in r.chapters))
+    measured = list(dict.fromkeys(name for r in results for name in r.chapters))
     rows = [
         [r.name, str(r.seed), f"{r.parameters:,}", str(r.steps), f"{r.cpu_seconds:.1f}", f"{r.chance:.4f}"]
         + [f"{r.accuracy[n]:.4f}" for n in segments]
-        + [f"{r.chapters[name]:g}" if name in r.chapters else "" for name in said]
+        + [f"{r.chapters[name]:g}" if name in r.chapters else "" for name in measured]
         for r in results
     ]
     head = ["run", "seed", "parameters", "steps", "CPU-s", "chance", *(f"{n} segments" for n in segments)]
-    head += said
+    head += measured
     return markdown(head, rows)
 
 
 def summary(results: Sequence[Result]) -> str:
-    """A table with one row per configuration: the span of its seeds."""
+    """A table with one row per configuration: the range over its seeds."""
     segments, rows = list(results[0].accuracy), []
     for name in dict.fromkeys(r.name for r in results):
         runs = [r for r in results if r.name == name]
@@ -116,7 +116,7 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def write_json(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
-    """All results and what they were measured with, atomically."""
+    """Write all results with torch's version and thread count, atomically."""
     document = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -126,7 +126,7 @@ def write_json(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> list[Result]:
-    """The results that `write_json` wrote."""
+    """Read results written by `write_json`."""
     document = json.loads(Path(path).read_text(encoding="utf-8"))
     return [
         Result(**{**result, "accuracy": {int(n): a for n, a in result["accuracy"].items()}})

@@ -1,4 +1,4 @@
-"""What the README's tables and the diary compare: presets side by side, and studies of one question each."""
+"""The runs behind the tables of README.md and docs/diary.md: comparisons of presets, and studies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMPARISONS = {
     "passkey": ["passkey_baseline", "passkey_external"],
     "mixed": ["mixed_baseline", "mixed_internal", "mixed_external", "mixed_hybrid"],
 }
-# Segments to measure at, where not 4, 6 and 32.
+# Segments to measure at, if not 4, 6 and 32.
 LENGTHS = {
     "passkey": [4, 32, 66, 128],
     "mixed": [4, 16],
@@ -36,9 +36,9 @@ RATIOS = (1.0, 0.5, 0.25, 0.125)
 
 
 def compression() -> dict[str, Config]:
-    """Long-term memory at each of the RATIOS, survivors chosen by learned importance and by lot.
+    """Long-term memory at each of the RATIOS, with tokens selected by learned importance or at random.
 
-    At ratio 1 there is nothing to choose: one row serves both.
+    At ratio 1 every token is written, so there is only one run.
     """
     base = load_config("recall_ltm")
     runs = {}
@@ -50,7 +50,7 @@ def compression() -> dict[str, Config]:
 
 
 def slots() -> dict[str, Config]:
-    """Long-term memory in small banks, every token written: fixed slots and adaptive ones."""
+    """Long-term memory with small banks and no compression: fixed and adaptive slots."""
     base = override(load_config("recall_ltm"), {"memory.ltm.memory_compression_ratio": 1.0})
     return {
         f"ltm_{kind}_{number}": override(base, {"memory.ltm.slots": kind, "memory.ltm.num_slots": number})
@@ -60,7 +60,7 @@ def slots() -> dict[str, Config]:
 
 
 def prototype() -> dict[str, Config]:
-    """The ring and its store, holding six segments of 16 tokens, and at the document's 512 places each."""
+    """The ring and its store with slots for six segments of 16 tokens, and with 512 slots each."""
     small = load_config("recall_ring")
     large = {"memory.ring.short_slots": 512, "memory.ring.long_slots": 512}
     return {"recall_ring": small, "recall_ring_512": override(small, large)}
@@ -85,7 +85,7 @@ def banks() -> dict[str, Config]:
 
 
 def topics() -> dict[str, Config]:
-    """Facts of topics: no memory, a wider feed-forward, all tokens read, one and two chapters of eight."""
+    """Topics: no memory, a wider feed-forward, all tokens read, one chapter and two chapters of eight."""
     routed, plain = load_config("topics_routed"), load_config("topics_baseline")
     return {
         "topics_plain": override(plain, {"model.intermediate_dim": routed.model.intermediate_dim}),
@@ -97,7 +97,7 @@ def topics() -> dict[str, Config]:
 
 
 def collapse() -> dict[str, Config]:
-    """Chapters that all begin as one (`lean`), without the balance loss and with it."""
+    """A router that starts collapsed (`lean`), without and with the load-balance loss."""
     base = load_config("topics_routed")
     return {
         "topics_unbalanced": override(base, {"memory.chapters.use_load_balance_loss": False}),
@@ -106,12 +106,12 @@ def collapse() -> dict[str, Config]:
 
 
 def low_rank() -> dict[str, Config]:
-    """The tokens of `topics_routed` trained at each rank, in 32 bits and through rounding to 4."""
+    """`topics_routed` trained at each rank, with 32 bits and with rounding to 4 bits."""
     base = load_config("topics_routed")
     runs = {}
     for rank in (None, 16, 8, 4, 2, 1):
         kept = {} if rank is None else {"use_low_rank_memory": True, "memory_rank": rank}
-        for bits in (32, 4) if rank != 1 else (32,):  # an odd row cannot be packed two to a byte
+        for bits in (32, 4) if rank != 1 else (32,):  # two 4-bit values share a byte
             packed = {} if bits == 32 else {"quantize_memory": True, "memory_quant_bits": bits}
             changes = {f"memory.chapters.{name}": value for name, value in (kept | packed).items()}
             runs[f"rank_{rank or 'whole'}_{bits}_bits"] = override(base, changes)
@@ -120,14 +120,14 @@ def low_rank() -> dict[str, Config]:
 
 @torch.no_grad()
 def lean(model: MemoryTransformer) -> None:
-    """Make every router begin with chapter 0 for whatever it sees: a collapse at the start."""
+    """Bias every router towards chapter 0, so that training starts from a collapse."""
     for module in model.modules():
         if isinstance(module, ChapterRouter):
             module.proj.bias[0] += 6.0
 
 
 def measure_by_bank(trainer: Trainer, name: str, segments: Sequence[int]) -> list[Result]:
-    """Recall by age with all banks, and with each bank alone: one row more a bank."""
+    """Recall by age with all banks, then with reads from each bank only: one row each."""
     block = cast(TransformerBlock, trainer.model.blocks[0])
     memory = cast(HdsMemory, block.memories["hds"])
     results = [of_run(trainer, name, {n: trainer.evaluate(128, segments=n).accuracy for n in segments})]
@@ -139,9 +139,9 @@ def measure_by_bank(trainer: Trainer, name: str, segments: Sequence[int]) -> lis
 
 
 def measure_in_stream(trainer: Trainer, name: str, segments: Sequence[int]) -> list[Result]:
-    """Recall by age, and of the last of many examples of 4 segments in one stream: two rows.
+    """Recall by age, and recall of the last of many 4-segment examples in one stream: two rows.
 
-    In both, the column is how many segments the stream has when the question comes.
+    In both rows, a column is the number of segments up to and including the query.
     """
     task = trainer.task_with(segments=4)
     stream = recall_in_stream(trainer.model, task, max(segments) // 4)

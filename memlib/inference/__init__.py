@@ -1,4 +1,4 @@
-"""Going on from a prompt: generation with memory, and sessions that remember each user apart."""
+"""Inference: generation with memory, and sessions with a separate memory for each user."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""Generation: one token after another, each read into the memory before the next is chosen.
+"""Generation token by token, with memory.
 
-The open window travels in the memory state, keys and values included, so the state is the cache: a step
-reads one token. Without cache (`cached: False`) each step reads the whole stream again from its initial
-state; the tokens are the same, which is what that mode is for.
+The memory state includes the open window with its keys and values, so the state is the cache: a step reads
+one token. Without the cache (`cached: False`) each step reads the whole row again from its initial state.
+The tokens are the same; this mode exists to test the cache.
 
-A row's result is what it would be alone (law L3), whatever the other rows' lengths are: see row_groups.py.
+A row's result does not depend on the other rows or their lengths (law L3): see row_groups.py.
+
+Axes: b batch, t tokens.
 """
 
 from __future__ import annotations
@@ -31,12 +33,12 @@ States = MemoryState | Sequence[MemoryState] | None
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How to go on: what is drawn from, and where it ends.
+    """Options of sampling and stopping.
 
-    max_new_tokens: tokens of a row at most; temperature: 0 takes the most probable token, 1 draws from
-    the model's distribution; top_k, top_p: draw from the k most probable, from the fewest whose
-    probabilities sum to p; stop_tokens: ids after which a row ends, themselves included in it;
-    cached: read each token once.
+    max_new_tokens: maximum tokens per row; temperature: 0 takes the most probable token, 1 samples from the
+    model's distribution; top_k: sample from the k most probable tokens; top_p: sample from the smallest set
+    of tokens with total probability p; stop_tokens: ids that end a row (the row includes them); cached: read
+    each token once.
     """
 
     max_new_tokens: int = 64
@@ -56,11 +58,11 @@ class GenerationConfig:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p}: must be above 0 and at most 1, or None for all tokens")
         if not self.temperature and (self.top_k is not None or self.top_p is not None):
-            raise ValueError("top_k and top_p choose what is drawn from: set temperature above 0 too")
+            raise ValueError("top_k and top_p apply to sampling only: set temperature above 0")
 
 
 class Token(NamedTuple):
-    """A token as it comes: which row it goes on with, its id, and whether it is that row's last."""
+    """A generated token: its row, its id, and whether it is the row's last."""
 
     row: int
     id: int
@@ -69,9 +71,9 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated: tokens [b t], 0 behind a row's end; lengths [b]; stopped [b], by a stop token.
+    """Generated tokens [b t], padded with 0; lengths [b]; stopped [b], whether a stop token ended the row.
 
-    states: for each row, as a batch of one, what it remembers: its prompt and all its tokens.
+    states: each row's state after its prompt and all its tokens, as a batch of one.
     """
 
     tokens: Tensor
@@ -82,8 +84,8 @@ class Generation:
     @property
     def mask(self) -> Tensor:
         """True for generated tokens: [b t]."""
-        place = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        return place < rearrange(self.lengths, "b -> b 1")
+        position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return position < rearrange(self.lengths, "b -> b 1")
 
     def row(self, number: int) -> list[int]:
         """The tokens of one row."""
@@ -93,23 +95,23 @@ class Generation:
     def memory_state(self) -> MemoryState:
         """The rows' states as one batch, for a forward pass.
 
-        Raises ValueError where rows stand at different places of their segments, which a forward pass
-        cannot take; `generate` takes `states` in any case.
+        Raises ValueError if the rows' open windows have different lengths, because a forward pass needs
+        one length; `generate` accepts `states` in any case.
         """
-        places = [state.window.length for state in self.states]
-        if len(set(places)) > 1:
+        lengths = [state.window.length for state in self.states]
+        if len(set(lengths)) > 1:
             raise ValueError(
-                f"the rows have {places} tokens in their open windows, and one batch has one number of "
-                "them: go on with generate(…, memory_state=generation.states), or take single rows' states"
+                f"the rows have {lengths} tokens in their open windows, but a batch needs one length: "
+                "continue with generate(…, memory_state=generation.states), or use single rows' states"
             )
         return self.states[0].join(*self.states[1:])
 
 
 class TokenStream(Iterator[Token]):
-    """Tokens as they come, step by step and in a step row by row.
+    """Iterator over generated tokens, step by step and, within a step, row by row.
 
-    `tokens` holds what each row has so far, `states` what it remembers of prompt and tokens: at any
-    time, also when nobody asks for more. Between two tokens the model may be used for other things.
+    `tokens` holds the tokens of each row so far; `states` holds each row's state after its prompt and these
+    tokens. Both are valid at any time. Between two tokens the model may be used for other calls.
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class TokenStream(Iterator[Token]):
         generator: Generators = None,
     ) -> None:
         if empty := [row for row, prompt in enumerate(prompts) if not len(prompt)]:
-            raise ValueError(f"prompt {empty[0]} has no tokens: give at least one, what to go on from")
+            raise ValueError(f"prompt {empty[0]} has no tokens: give at least one")
         self.model, self.config = model, config or GenerationConfig()
         self.generators = one_each(generator, len(prompts))
         self.groups = self.first = row_groups(separated(model, memory_state, len(prompts)))
@@ -143,13 +145,13 @@ class TokenStream(Iterator[Token]):
 
     @property
     def states(self) -> list[MemoryState]:
-        """Each row's memory of its prompt and of `tokens`."""
+        """Each row's state after its prompt and `tokens`."""
         self.read_on()
         by_row = self.done | row_states(self.groups)
         return [by_row[row] for row in sorted(by_row)]
 
     def step(self) -> None:
-        """Read what is still to be read, and choose one more token for each row that goes on."""
+        """Read all pending tokens, and choose one more token for each unfinished row."""
         self.read_on()
         if not self.going:
             return
@@ -171,7 +173,7 @@ class TokenStream(Iterator[Token]):
             self.ready.append(Token(row, token, last))
 
     def read_on(self) -> None:
-        """Let the rows read their newest tokens; rows that have ended leave with their state."""
+        """Read each row's pending tokens; the states of finished rows move to `done`."""
         if not self.pending:
             return
         for row, ids in self.pending.items():
@@ -202,7 +204,7 @@ def stream(
     generator: Generators = None,
     cached: bool = True,
 ) -> TokenStream:
-    """`generate`, token by token.
+    """Like `generate`, but returns an iterator over tokens.
 
     >>> for row, token, last in stream(model, prompt, max_new_tokens=20): ...
     """
@@ -234,18 +236,17 @@ def generate(
     generator: Generators = None,
     cached: bool = True,
 ) -> Generation:
-    """Go on from prompts, and from what is remembered (spec D12).
+    """Generate tokens that continue prompts, starting from given memory states.
 
-    input_ids: [b t]; attention_mask: [b t], 0 for padding, which is left out: a row's result is that of
-    its own tokens alone, however long the others are. memory_state: what earlier calls left: a batch's
-    state, or `Generation.states`, one for each row. generator: one for all rows, drawn from in order, or
-    one for each row, which makes a drawn row independent of the others too. The rest is
-    `GenerationConfig`'s.
+    input_ids: [b t]; attention_mask: [b t], 0 for padding, which is removed, so a row's result depends on its
+    own tokens only. memory_state: the state of an earlier call, either of a batch or one per row
+    (`Generation.states`). generator: one for all rows, used in order, or one per row, which makes sampled
+    rows independent of each other. For the other options see `GenerationConfig`.
 
     >>> first = generate(model, prompt, max_new_tokens=50)
     >>> more = generate(model, next_prompt, memory_state=first.states)
 
-    Raises ValueError for options, shapes, ids or states that do not fit.
+    Raises ValueError for invalid options, shapes, ids or states.
     """
     tokens = stream(
         model,
@@ -264,7 +265,7 @@ def generate(
 
 
 def drained(tokens: TokenStream) -> Generation:
-    """All that a stream still gives, and what it gave before."""
+    """Run a `TokenStream` to its end and return all its tokens."""
     deque(tokens, maxlen=0)
     device = tokens.model.device
     lengths = [len(row) for row in tokens.tokens]
@@ -278,7 +279,7 @@ def drained(tokens: TokenStream) -> Generation:
 
 
 def separated(model: RecurrentModel, memory_state: States, rows: int) -> list[MemoryState]:
-    """One state for each row, from a batch's state, a state for each, or none."""
+    """One state per row, from a batch's state, a list of states, or None."""
     state = model.init_state(rows) if memory_state is None else memory_state
     if isinstance(state, MemoryState):
         given = state.window.mask.shape[0]
@@ -288,20 +289,20 @@ def separated(model: RecurrentModel, memory_state: States, rows: int) -> list[Me
         states, given = list(state), len(state)
     if given != rows:
         raise ValueError(
-            f"memory_state holds {given} rows, the prompts are {rows}: give each prompt its state, or None"
+            f"memory_state holds {given} rows, but there are {rows} prompts: give one state each, or None"
         )
     for row, one in enumerate(states):
         if one.window.mask.shape[0] != 1:
             raise ValueError(
-                f"memory_state[{row}] holds {one.window.mask.shape[0]} rows: in a list each state is of one"
+                f"memory_state[{row}] holds {one.window.mask.shape[0]} rows: in a list each state must have 1"
             )
     return states
 
 
 def one_each(generator: Generators, rows: int) -> list[torch.Generator | None]:
-    """A generator, or None, for each row."""
+    """One generator, or None, per row."""
     if generator is None or isinstance(generator, torch.Generator):
         return [generator] * rows
     if len(generator) != rows:
-        raise ValueError(f"{len(generator)} generators for {rows} prompts: give one for all, or one for each")
+        raise ValueError(f"{len(generator)} generators for {rows} prompts: give one, or one per prompt")
     return list(generator)

@@ -1,13 +1,12 @@
-"""Reading rows of different lengths, each exactly as it would be read alone.
+"""Reading rows of different lengths, each exactly as if it were alone.
 
-The rows of a forward pass share one segment grid, and padding takes places in it: a row that is padded
-on the left has its segment borders elsewhere than alone, and its memories are written with other tokens
-together. So nothing is padded here. Rows whose open windows are equally long stand at the same place of
-their segments and form a group. Lanes read side by side, a segment's rest at a time; a row that has less
-to read than the others of its group leaves it, and groups that come to stand at the same place become one.
+The rows of a forward pass share their segment borders. Padding on the left would move a row's borders, so
+its memories would be written with other groups of tokens. Therefore nothing is padded here. Rows with
+equally long open windows form a group and share forward passes, each at most up to the end of the segment.
+A row that has fewer tokens to read than its group leaves it; groups with equally long windows are merged.
 
-The price: rows at different places of their segments take a forward pass each, at most one for every
-place there is (`segment_length`), and usually as many as there are different prompt lengths.
+The cost: rows with windows of different lengths need separate forward passes. There are at most
+`segment_length` groups, and usually as many as there are different prompt lengths.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from memlib.models.protocol import RecurrentModel
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows by their numbers, all at the same place of their segments, and their state in that order."""
+    """Row numbers with equally long open windows, and their joint state in that order."""
 
     rows: tuple[int, ...]
     state: MemoryState
 
     @property
-    def place(self) -> int:
-        """Tokens in the open windows."""
+    def window_length(self) -> int:
+        """Number of tokens in the open windows."""
         return self.state.window.length
 
     def pick(self, rows: Iterable[int]) -> RowGroup:
-        """The group of some of its rows."""
+        """The group restricted to some of its rows."""
         picked = tuple(rows)
         if picked == self.rows:
             return self
@@ -44,28 +43,28 @@ class RowGroup:
 
 
 def row_groups(states: Sequence[MemoryState]) -> list[RowGroup]:
-    """Lanes of rows 0, 1, …, whose states are given one by one."""
+    """Groups of rows 0, 1, …, from one state per row."""
     return merged([RowGroup((row,), state) for row, state in enumerate(states)])
 
 
 def merged(groups: Sequence[RowGroup]) -> list[RowGroup]:
-    """The same rows with one group for each place."""
-    places: dict[int, list[RowGroup]] = {}
+    """Merge groups with equally long open windows."""
+    by_length: dict[int, list[RowGroup]] = {}
     for group in groups:
-        places.setdefault(group.place, []).append(group)
+        by_length.setdefault(group.window_length, []).append(group)
     return [
-        group[0]
-        if len(group) == 1
+        same[0]
+        if len(same) == 1
         else RowGroup(
-            tuple(row for group in group for row in group.rows),
-            group[0].state.join(*(group.state for group in group[1:])),
+            tuple(row for group in same for row in group.rows),
+            same[0].state.join(*(group.state for group in same[1:])),
         )
-        for group in places.values()
+        for same in by_length.values()
     ]
 
 
 def kept(groups: Sequence[RowGroup], rows: Iterable[int]) -> list[RowGroup]:
-    """The groups with these rows only."""
+    """The groups restricted to these rows."""
     wanted = set(rows)
     return [
         group.pick(row for row in group.rows if row in wanted) for group in groups if wanted & {*group.rows}
@@ -73,7 +72,7 @@ def kept(groups: Sequence[RowGroup], rows: Iterable[int]) -> list[RowGroup]:
 
 
 def row_states(groups: Sequence[RowGroup]) -> dict[int, MemoryState]:
-    """Each row's state, a batch of one, by its number."""
+    """Each row's state, as a batch of one, by row number."""
     return {row: group.pick((row,)).state for group in groups for row in group.rows}
 
 
@@ -81,9 +80,9 @@ def row_states(groups: Sequence[RowGroup]) -> dict[int, MemoryState]:
 def read(
     model: RecurrentModel, groups: Sequence[RowGroup], tokens: Mapping[int, Sequence[int]]
 ) -> tuple[list[RowGroup], dict[int, Tensor]]:
-    """Let every row read its tokens: the groups after that, and by row the last token's logits [v].
+    """Read tokens into every row's state; returns the new groups, and each row's last logits [v].
 
-    tokens: row -> what it reads; a row that is not named, or has nothing to read, stays as it is.
+    tokens: row -> ids to read; the state of a row without tokens is unchanged.
     """
     left = {row: list(ids) for row, ids in tokens.items() if len(ids)}
     logits: dict[int, Tensor] = {}
@@ -91,24 +90,24 @@ def read(
     while left:
         parts = []
         for group in groups:
-            room = model.segment_length - group.place
-            count = {row: min(len(left.get(row, ())), room) for row in group.rows}
-            for m in sorted(set(count.values())):
-                part = group.pick(row for row in group.rows if count[row] == m)
-                parts.append(advance(model, part, left, m, logits) if m else part)
+            room = model.segment_length - group.window_length
+            counts = {row: min(len(left.get(row, ())), room) for row in group.rows}
+            for count in sorted(set(counts.values())):
+                part = group.pick(row for row in group.rows if counts[row] == count)
+                parts.append(advance(model, part, left, count, logits) if count else part)
         groups = merged(parts)
     return groups, logits
 
 
 def advance(
-    model: RecurrentModel, group: RowGroup, left: dict[int, list[int]], m: int, logits: dict[int, Tensor]
+    model: RecurrentModel, group: RowGroup, left: dict[int, list[int]], count: int, logits: dict[int, Tensor]
 ) -> RowGroup:
-    """Read m tokens of what is left for each row of a group; notes the logits of rows that are through."""
+    """Read the next `count` tokens of each row of a group; stores the logits of finished rows."""
     device = model.device
-    ids = torch.tensor([left[row][:m] for row in group.rows], device=device)
+    ids = torch.tensor([left[row][:count] for row in group.rows], device=device)
     output = model(ids, memory_state=group.state)
     for row, last in zip(group.rows, output.logits[:, -1], strict=True):
-        left[row] = left[row][m:]
+        left[row] = left[row][count:]
         if not left[row]:
             del left[row]
             logits[row] = last

@@ -1,4 +1,4 @@
-"""Which token comes next: the most probable one, or one drawn from what temperature, top-k and top-p leave.
+"""Sampling of the next token: greedy, or random with temperature, top-k and top-p.
 
 Axes: r rows, v vocabulary.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Minus infinity for all but the k highest of each row, and what is as high as the k-th: [r v].
+    """Mask all but the k highest logits of each row with -inf; ties with the k-th stay: [r v].
 
     Source: Fan et al. 2018, arXiv 1805.04833.
     """
@@ -23,9 +23,9 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Minus infinity for all but the fewest tokens whose probabilities sum to p or more: [r v].
+    """Mask all but the smallest set of tokens with total probability p or more with -inf: [r v].
 
-    A token stays if those before it, in order of probability, sum to less than p; so at least one does.
+    A token stays if the more probable tokens sum to less than p, so at least one token stays.
     Source: nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751.
     """
     ordered, order = torch.sort(torch.softmax(logits, -1), dim=-1, descending=True, stable=True)
@@ -36,13 +36,13 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 def probabilities(
     logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """softmax(logits / temperature) over what top-k, and then top-p, leave: [r v].
+    """softmax(logits / temperature) after top-k and then top-p masking: [r v].
 
-    temperature = 0 is its limit: everything on the highest logit, of equals the first.
+    temperature = 0 puts probability 1 on the highest logit; ties go to the first token.
     """
     if not temperature:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits)
-    # Taken from the highest, so that the smallest temperature divides no number out of range.
+    # Subtract the maximum, so that dividing by a small temperature cannot overflow.
     scores = (logits - reduce(logits, "r v -> r 1", "max")) / temperature
     if top_k is not None:
         scores = keep_top_k(scores, top_k)
@@ -58,7 +58,7 @@ def choose(
     top_p: float | None,
     generators: Sequence[torch.Generator | None],
 ) -> Tensor:
-    """The next token of each row, drawn with the row's own generator (None: torch's): [r v] -> [r]."""
+    """Choose each row's next token, sampled with the row's generator (None: torch's): [r v] -> [r]."""
     if not temperature:
         return logits.argmax(-1)
     drawn = [
@@ -69,6 +69,6 @@ def choose(
 
 
 def seeded(*names: object) -> torch.Generator:
-    """A generator of its own for each name: `seeded(0, "row", 3)`, the same in every process."""
+    """A reproducible generator for each name, e.g. `seeded(0, "row", 3)`; equal in every process."""
     digest = hashlib.sha256("/".join(map(repr, names)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

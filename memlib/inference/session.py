@@ -1,12 +1,12 @@
-"""Conversations: one model, many users, each with a memory that is theirs alone (law L3).
+"""Conversations: one model, many users, each with a separate memory (law L3).
 
     sessions = Sessions(load_model("runs/notes"))
     sessions.reply("ann", "The door code is 4711. ")
-    sessions.reply("bob", "The door code is ")        # knows nothing of what ann said
+    sessions.reply("bob", "The door code is ")        # does not know what ann said
     sessions.save("ann", "ann.safetensors")
 
-A user is a memory state and a random generator of their own; users that are answered in one call read
-side by side, each with the result of being answered alone.
+Each user has a memory state and a random generator. Users answered in one call are processed as one batch,
+with the same results as if each were answered alone.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from memlib.models.stores import attached_stores, forget_streams, forgetting_on_
 
 @dataclass(frozen=True)
 class Session:
-    """What is kept of a user: the memory, and where their random generator stands."""
+    """A user's memory state, and the state of their random generator."""
 
     state: MemoryState
     random: Tensor
 
 
 class Sessions:
-    """Users' conversations with one model, at most `max_users` of them at a time.
+    """Conversations of up to `max_users` users with one model.
 
-    tokenizer: how text becomes tokens; that of the model's task if None. config: how replies are
-    generated; a reply ends with the tokenizer's stop tokens too. seed: of the users' generators, with
-    their names. A call that raises leaves every user as they were; what it had filed
-    in attached stores is dropped at once for new users, and for known ones when they are forgotten.
+    tokenizer: the tokenizer of the model's task if None. config: how replies are generated; a reply also
+    ends at the tokenizer's stop tokens. seed: seeds the users' generators, together with their names.
 
-    Nobody is put out to make room: at the limit a new user is refused until another one is forgotten.
+    If a call raises, every user's state is unchanged. What the call wrote to attached stores is deleted at
+    once for new users, and for known users when they are forgotten. At the limit a new user is refused with
+    ValueError; no user is evicted.
     """
 
     def __init__(
@@ -65,19 +65,19 @@ class Sessions:
         stop = dict.fromkeys((*config.stop_tokens, *self.tokenizer.stop))
         self.config = replace(config, stop_tokens=tuple(stop))
         self.sessions: dict[str, Session] = {}
-        self.failed: dict[str, list[MemoryState]] = {}  # from where a call that raised had written on
+        self.failed: dict[str, list[MemoryState]] = {}  # states from which a failed call had written on
 
     @property
     def users(self) -> list[str]:
-        """Who is remembered, in the order they came."""
+        """Names of all users with a session, oldest first."""
         return list(self.sessions)
 
     def reply(self, user: str, prompt: str) -> str:
-        """Read what a user says and answer; both are remembered."""
+        """Read a user's prompt and return a reply; both enter the user's memory."""
         return self.replies({user: prompt})[user]
 
     def replies(self, prompts: Mapping[str, str]) -> dict[str, str]:
-        """Answer several users in one call, each as if alone."""
+        """Answer several users in one call, each exactly as if alone."""
         with self.calling(prompts):
             users, ids, known = self.prepared(prompts)
             generators = [generator_at(one.random) for one in known]
@@ -85,34 +85,34 @@ class Sessions:
             tokens = TokenStream(self.model, ids, states, self.config, generators)
             for _ in tokens:
                 pass
-            remembered = tokens.states
-        for user, state, generator in zip(users, remembered, generators, strict=True):
+            after = tokens.states
+        for user, state, generator in zip(users, after, generators, strict=True):
             self.sessions[user] = Session(state, generator.get_state())
         ended = zip(tokens.tokens, tokens.stopped, strict=True)
-        said = [decode(self.tokenizer, row[:-1] if stopped else row) for row, stopped in ended]
-        return dict(zip(users, said, strict=True))
+        answers = [decode(self.tokenizer, row[:-1] if stopped else row) for row, stopped in ended]
+        return dict(zip(users, answers, strict=True))
 
     def tell(self, user: str, text: str) -> None:
-        """Let a user say something that is remembered and not answered."""
+        """Read a user's text into their memory without a reply."""
         with self.calling([user]), eval_mode(self.model):
             (user,), (ids,), (known,) = self.prepared({user: text})
             groups, _ = read(self.model, row_groups([known.state]), {0: ids})
         self.sessions[user] = replace(known, state=row_states(groups)[0])
 
     def forget(self, user: str) -> None:
-        """Forget all of a user; what stores hold of their stream too."""
+        """Delete a user's session, and their streams in attached stores."""
         self.check_known(user)
         for state in (self.sessions.pop(user).state, *self.failed.pop(user, ())):
             forget_streams(self.model, state)
 
     def save(self, user: str, path: str | os.PathLike[str]) -> None:
-        """Write a user's memory to a file, whole or not at all."""
+        """Write a user's session to a file, atomically."""
         self.check_known(user)
         known = self.sessions[user]
         save_state(known.state, path, self.model, known.random)
 
     def load(self, user: str, path: str | os.PathLike[str]) -> None:
-        """Take a user's memory from a file, in place of what is known of them."""
+        """Load a user's session from a file, replacing the current one."""
         self.check_room([user])
         state, random = load_state(path, self.model)
         fresh = seeded(self.seed, user).get_state()
@@ -120,7 +120,7 @@ class Sessions:
 
     @contextmanager
     def calling(self, users: Iterable[str]) -> Iterator[None]:
-        """A call to the model for some users: if it raises, what it filed in stores can still be dropped."""
+        """Context of a model call; if it raises, record what it wrote to stores for later deletion."""
         try:
             with forgetting_on_failure(self.model):
                 yield
@@ -133,12 +133,12 @@ class Sessions:
             raise
 
     def prepared(self, prompts: Mapping[str, str]) -> tuple[list[str], list[list[int]], list[Session]]:
-        """Users, the ids of what they say, and what is known of them so far."""
+        """Users, the ids of their prompts, and their sessions (new ones for unknown users)."""
         self.check_room(prompts)
         ids = [self.tokenizer.encode(prompt) for prompt in prompts.values()]
         for user, row in zip(prompts, ids, strict=True):
             if not row:
-                raise ValueError(f"{user!r} says nothing: a prompt needs at least one token")
+                raise ValueError(f"the prompt of {user!r} is empty: it needs at least one token")
         known = [
             self.sessions.get(user) or Session(self.model.init_state(1), seeded(self.seed, user).get_state())
             for user in prompts
@@ -149,17 +149,17 @@ class Sessions:
         total = len({*self.sessions, *users})
         if total > self.max_users:
             raise ValueError(
-                f"{total} users: at most max_users = {self.max_users} are remembered at a time; "
-                "save and forget one, or raise max_users"
+                f"{total} users: at most max_users = {self.max_users} can have a session; save and forget "
+                "one, or raise max_users"
             )
 
     def check_known(self, user: str) -> None:
         if user not in self.sessions:
-            raise ValueError(f"{user!r}: nothing is known of this user; known: {', '.join(self.users)}")
+            raise ValueError(f"{user!r}: this user has no session; users: {', '.join(self.users)}")
 
 
 def generator_at(state: Tensor) -> torch.Generator:
-    """A generator that goes on from a saved place."""
+    """A generator that continues from a saved state."""
     generator = torch.Generator()
     generator.set_state(state)
     return generator

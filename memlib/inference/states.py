@@ -1,4 +1,7 @@
-"""Memory states as files: safetensors, whole or not at all, and bound to the model that wrote them."""
+"""Memory states as safetensors files, written atomically and bound to the model that wrote them.
+
+Axes: `...` stands for all axes of a parameter.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ from memlib.models import MemoryState
 from memlib.models.protocol import RecurrentModel
 
 FORMAT = "memlib memory state 1"
-SAMPLED = 64  # values of each parameter that the fingerprint looks at
+SAMPLED = 64  # values of each parameter that enter the fingerprint
 RANDOM = "random"
 
 
 class StateError(ValueError):
-    """A state file that cannot be used; the message names the file and the remedy."""
+    """A state file cannot be used; the message names the file and the remedy."""
 
 
 def save_state(
@@ -35,9 +38,9 @@ def save_state(
     model: RecurrentModel,
     random: Tensor | None = None,
 ) -> None:
-    """Write a state of this model's streams, and the state of a random generator if given.
+    """Write a state of this model, and the state of a random generator if given.
 
-    With stores attached the state says where its streams stand in them: save the stores too.
+    With attached stores, the state holds cursors into them: save the stores too.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.named_tensors()}
     if random is not None:
@@ -47,10 +50,10 @@ def save_state(
 
 
 def load_state(path: str | os.PathLike[str], model: RecurrentModel) -> tuple[MemoryState, Tensor | None]:
-    """What `save_state` wrote: the state, and the random generator's state if there is one.
+    """Load what `save_state` wrote: the state, and the random generator's state if there is one.
 
-    Raises StateError for a file that is missing, damaged, or of another model: one with another
-    configuration or other weights, which would read the numbers of this one's memory as its own.
+    Raises StateError for a file that is missing, damaged, or written by a model with another configuration
+    or other weights, because its values would have another meaning in this model.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -60,13 +63,13 @@ def load_state(path: str | os.PathLike[str], model: RecurrentModel) -> tuple[Mem
     except FileNotFoundError:
         raise StateError(f"{path}: no such file; save_state writes it") from None
     except (SafetensorError, OSError) as error:
-        raise StateError(f"{path}: not a whole state file ({error}); start a new one") from None
+        raise StateError(f"{path}: incomplete or damaged state file ({error}); start a new one") from None
     if about.get("format") != FORMAT:
         raise StateError(f"{path}: format {about.get('format')!r}, not {FORMAT!r}; start a new one")
     if about["model"] not in (fingerprint(model), fingerprint(model, version=1)):
         raise StateError(
-            f"{path}: of another model, or of this one before it was trained on; open it with the "
-            "checkpoint that wrote it, or start a new one"
+            f"{path}: of another model, or of this model with other weights; open it with the checkpoint "
+            "that wrote it, or start a new one"
         )
     try:
         state = model.init_state(1).load(tensors)
@@ -77,9 +80,9 @@ def load_state(path: str | os.PathLike[str], model: RecurrentModel) -> tuple[Mem
 
 @torch.no_grad()
 def fingerprint(model: RecurrentModel, version: int = 2) -> str:
-    """A hash of architecture and weights, of which it looks at samples.
+    """A hash of the configuration and of sampled weights.
 
-    version 1: as memlib 0.1 took it, where a lone sharpness was a parameter without an axis.
+    version 1: the hash of memlib 0.1, in which a single sharpness was a parameter without an axis.
     """
     lone = [
         f"{name}.sharpness"

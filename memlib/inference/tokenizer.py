@@ -1,4 +1,4 @@
-"""Text into token ids and back, as the task of a configuration has them: bytes, or named words."""
+"""Tokenizers of the tasks: bytes, or names separated by spaces."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from memlib.tasks.corpus import SEPARATOR
 
 
 class Tokenizer(Protocol):
-    """What generation needs of a tokenizer; `stop` are the ids after which a text has ended."""
+    """Interface that generation needs; stop: ids that end a text."""
 
     stop: tuple[int, ...]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; ValueError for what has none."""
+        """Convert text to ids; raises ValueError for text that cannot be encoded."""
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
-        """The text of tokens as they come, piece by piece; joined, the whole text."""
+        """Convert tokens to text incrementally; the joined pieces are the whole text."""
 
 
 def decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:
-    """The text of tokens."""
+    """Convert tokens to text."""
     return "".join(tokenizer.pieces(tokens))
 
 
 class ByteTokenizer:
-    """UTF-8 bytes; byte 0 ends a document and is no text, as in the text task.
+    """UTF-8 bytes; byte 0 ends a document, as in the text task.
 
-    Bytes that are no UTF-8 come out as �, and so do ids above 255.
+    Invalid UTF-8 and ids above 255 are decoded as �.
     """
 
     stop: tuple[int, ...] = (SEPARATOR,)
@@ -51,9 +51,9 @@ class ByteTokenizer:
 
 
 class WordTokenizer:
-    """Names between blanks; of tokens with one name (the fillers `.` of recall) the first is meant.
+    """Token names separated by spaces; if several tokens share a name (the fillers `.`), the first is used.
 
-    Ids without a name come out as <id>.
+    Ids without a name are decoded as <id>.
     """
 
     stop: tuple[int, ...] = ()
@@ -67,7 +67,7 @@ class WordTokenizer:
     def encode(self, text: str) -> list[int]:
         words = text.split()
         if unknown := [word for word in words if word not in self.ids]:
-            raise ValueError(f"{unknown[0]!r} is no word of this vocabulary: it has {' '.join(self.ids)}")
+            raise ValueError(f"{unknown[0]!r} is not in this vocabulary: it has {' '.join(self.ids)}")
         return [self.ids[word] for word in words]
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
@@ -77,7 +77,7 @@ class WordTokenizer:
 
 
 def tokenizer_for(config: Config) -> Tokenizer:
-    """The tokenizer of a configuration's task; reads no data."""
+    """The tokenizer of a configuration's task; does not load data."""
     if config.task.name == "text":
         return ByteTokenizer()
     return WordTokenizer(make_task(config.task, config.model.segment_length).vocabulary.names)

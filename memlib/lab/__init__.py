@@ -1,1 +1,1 @@
-"""The lab: recordings of what a model did, and what notebooks need around them."""
+"""The lab: recordings of a model's activations, measures on them, and helpers for notebooks."""

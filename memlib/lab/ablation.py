@@ -1,4 +1,7 @@
-"""Taking slots away: what the model says when part of its memory is as if nothing had been written."""
+"""Ablation of slots: the model's output when some slots are reset to their initial content.
+
+Axes: g sets of slots, s slots, n tokens, q questions, v vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """A position whose next token is asked for, and the right answer's id."""
+    """A query: its position, and the id of the correct next token."""
 
     token: int
     answer: int
@@ -25,11 +28,10 @@ class Question:
 def ask_without(
     model: RecurrentModel, tokens: Tensor, question: int, sets: Sequence[Sequence[int]], layer: int = 0
 ) -> np.ndarray:
-    """The model's distribution after token `question`, once for each set of slots taken away: [g v].
+    """The model's distribution after token `question`, for each set of ablated slots: [g v].
 
-    tokens: [n], one stream. The slots of a set are put back to a fresh stream's content at the border
-    before the question's segment, in the `layer`-th memory. Everything else stays as it was.
-    Raises ValueError for a memory without slots.
+    tokens: [n], one stream. The slots of a set are reset to their initial content before the question's
+    segment, in the `layer`-th state. Nothing else changes. Raises ValueError for a memory without slots.
     """
     import torch
     from einops import rearrange, repeat
@@ -44,11 +46,13 @@ def ask_without(
         memories = list(state.memories)
         memory, fresh = memories[layer], model.init_state(len(sets)).memories[layer]
         if not (isinstance(memory, SlotState) and isinstance(fresh, SlotState)):
-            raise ValueError(f"memory {layer} is a {type(memory).__name__}, which has no slots to take away")
-        gone = torch.zeros(fresh.slots.shape[:2], dtype=torch.bool)
-        for row, taken in enumerate(sets):
-            gone[row, list(taken)] = True
-        memories[layer] = SlotState(torch.where(rearrange(gone, "g s -> g s 1"), fresh.slots, memory.slots))
+            raise ValueError(f"memory {layer} is a {type(memory).__name__}, which has no slots to ablate")
+        ablated = torch.zeros(fresh.slots.shape[:2], dtype=torch.bool)
+        for row, chosen in enumerate(sets):
+            ablated[row, list(chosen)] = True
+        memories[layer] = SlotState(
+            torch.where(rearrange(ablated, "g s -> g s 1"), fresh.slots, memory.slots)
+        )
         part = repeat(tokens[border : question + 1], "n -> g n", g=len(sets))
         logits = model(part, memory_state=replace(state, memories=tuple(memories))).logits[:, -1]
     return torch.softmax(logits, -1).numpy()
@@ -56,9 +60,10 @@ def ask_without(
 
 @dataclass(frozen=True)
 class Ablation:
-    """Answers with and without slots, at each question: before [q v]; alone, together [s q v].
+    """The model's distributions at each question, with and without slots.
 
-    `alone` takes away one slot; `together` every slot that was written most by the same token.
+    before: [q v], with all slots; alone: [s q v], without one slot; together: [s q v], without every slot
+    that has the same main writer.
     """
 
     slots: list[int]
@@ -76,7 +81,7 @@ def ablate(
     slots: Sequence[int],
     layer: int = 0,
 ) -> Ablation:
-    """Take away each of `slots`, and with it its companions; writer: [s] each slot's main writer."""
+    """Ablate each of `slots`, alone and with all slots of the same writer; writer: [s] main writers."""
     singles = [[slot] for slot in slots]
     groups = [[s for s in slots if writer[s] == writer[slot]] for slot in slots]
     if not questions:

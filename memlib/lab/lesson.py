@@ -1,4 +1,4 @@
-"""What every notebook of the lab needs around its idea: predictions, verdicts, exercises, a time budget.
+"""Helpers for every notebook: predictions, verdicts, exercises, a time budget.
 
 lesson = Lesson("03", cpu_seconds=120)
 guess = lesson.predict("Accuracy without memory, 0 to 1?", 0.5)
@@ -22,26 +22,26 @@ from memlib.files import write_text
 
 
 def store_path() -> Path:
-    """Where predictions are kept: $MEMLIB_HOME, or .memlib in the home folder."""
+    """File of the predictions: in $MEMLIB_HOME, or .memlib in the home folder."""
     return Path(os.environ.get("MEMLIB_HOME", Path.home() / ".memlib")) / "predictions.json"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What you expected, kept from before the run."""
+    """A prediction made before the run."""
 
     question: str
     expected: float
 
     def compare(self, measured: float, close: float = 0.1) -> None:
-        """Print expectation and measurement side by side; within `close` counts as right."""
+        """Print prediction and measurement; a difference up to `close` counts as right."""
         verdict = "you knew" if abs(self.expected - measured) <= close else "a surprise worth a thought"
         print(self.question)
         print(f"  you said {self.expected:g}, measured {measured:.3g}: {verdict}")
 
 
 class Lesson:
-    """Around one notebook: fixed seed, one torch thread, and a clock of processor time."""
+    """The frame of one notebook: fixed seed, one torch thread, and a CPU-time budget."""
 
     def __init__(self, number: str, cpu_seconds: float, seed: int = 0) -> None:
         import torch
@@ -53,25 +53,25 @@ class Lesson:
         set_seed(seed)
 
     def predict(self, question: str, expected: float) -> Prediction:
-        """Keep a prediction (in this notebook and on disk) to be compared with the measurement later."""
+        """Store a prediction (in this notebook and on disk) for comparison with the measurement."""
         path = store_path()
         try:
             kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             kept[f"{self.number}: {question}"] = expected
             write_text(path, json.dumps(kept, indent=1))
         except (OSError, json.JSONDecodeError) as error:
-            print(f"(kept in this notebook only: {path}: {error})")
+            print(f"(stored in this notebook only: {path}: {error})")
         return Prediction(question, expected)
 
     def verdict(self, claims: dict[str, bool]) -> None:
-        """Print each claim with yes or NO: the lines that the notebook's test compares."""
+        """Print each claim with yes or NO; the notebook's test compares these lines."""
         width = max(len(claim) for claim in claims)
         for claim, holds in claims.items():
             print(f"{claim:.<{width + 3}} {'yes' if holds else 'NO'}")
 
     @contextmanager
     def exercise(self, name: str) -> Iterator[None]:
-        """Run an exercise's checks; says solved, or what is still wrong, and lets the notebook go on."""
+        """Run an exercise's checks; prints the result, and never stops the notebook."""
         try:
             yield
         except NotImplementedError:
@@ -84,7 +84,7 @@ class Lesson:
             print(f"✓ {name}: solved")
 
     def within_budget(self) -> bool:
-        """Whether this notebook's process has kept to its processor time; prints what it used."""
+        """Whether this notebook's process is within its CPU time; prints the time used."""
         used = time.process_time()
         print(f"{used:.0f} CPU-seconds used of {self.cpu_seconds:g}")
         return used <= self.cpu_seconds

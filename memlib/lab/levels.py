@@ -1,7 +1,7 @@
-"""What a recording says about a hierarchy of states: what each token could see of each level, and took.
+"""Measures of a hierarchy of states from a recording: what each token can see of each level, and reads.
 
-Axes: n tokens of the stream, l levels, m complete blocks, k banks, s slots of all banks, t segments. A
-recording starts at a segment's border; its last segment may be open.
+Axes: n tokens of the stream, l levels, m complete blocks, k banks, s slots (of one bank, or of all), t
+segments, r kept blocks. A recording starts at a segment's border; its last segment may be open.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from memlib.lab.trace import Trace, TraceError
 
 @dataclass(frozen=True)
 class Levels:
-    """One stream of one layer.
+    """Measures of one stream in one layer.
 
-    level: [n l], how much of a token's reading is each level's; they sum to 1.
-    bounds: [m 2], first and last token of each block that was completed; block: [n m], the weight a token
-    gives it among the blocks, 0 where it cannot see it; nothing: [n], the weight of the empty block.
-    read: [n k], how much of what a token reads from level 3 is each bank's; written: [n k], how strongly
-    it writes to each bank (input gate times share); filled: [n], how full its block is with it.
-    left: [t n k], how much of what a token wrote to a bank is still there when segment t is read.
-    half_lives: [k], in segments, as this stream's tokens had them; norm: [t s], of each slot when segment t
-    is read.
+    level: [n l], weight of each level in a token's read; sums to 1 over l.
+    bounds: [m 2], first and last token of each completed block; block: [n m], weight of each block in a
+    token's read of level 1, 0 if not visible; nothing: [n], weight of the empty block.
+    read: [n k], weight of each bank in a token's read of level 3; written: [n k], strength of a token's write
+    to each bank (input gate times bank weight); filled: [n], how full the token's block is after it.
+    left: [t n k], fraction of a token's write to a bank that remains when segment t is read.
+    half_lives: [k], mean over this stream's tokens, in segments; norm: [t s], of each slot when segment t is
+    read.
     """
 
     segment_length: int
@@ -42,7 +42,7 @@ class Levels:
 
 
 def levels_of(trace: Trace, memory: str = "hds", row: int = 0, layer: int = 0) -> Levels:
-    """Everything a token's four levels had to say. Raises TraceError for a memory without levels."""
+    """Compute the measures of `Levels`; raises TraceError for a memory without levels."""
     if f"{memory}.level" not in trace:
         raise TraceError(f"{memory}: has no levels; recorded: {', '.join(trace) or 'nothing'}")
 
@@ -53,7 +53,9 @@ def levels_of(trace: Trace, memory: str = "hds", row: int = 0, layer: int = 0) -
     slots = point("banks.before")
     tokens, length = len(level), len(decay) // len(slots)
     if not 0 <= tokens - len(decay) < length:
-        raise TraceError(f"{memory}: {len(decay)} tokens written and {tokens} read; record from a border on")
+        raise TraceError(
+            f"{memory}: {len(decay)} tokens written and {tokens} read; start recording at a segment's border"
+        )
     steps = -(-tokens // length)
     opened = rearrange(point("banks.writer.input"), "n -> n 1")
     written = padded(share * opened, tokens)
@@ -76,12 +78,12 @@ def levels_of(trace: Trace, memory: str = "hds", row: int = 0, layer: int = 0) -
 
 
 def padded(values: np.ndarray, tokens: int) -> np.ndarray:
-    """Zeros for the tokens of an open segment, which are not written yet."""
+    """Append zeros for the tokens of an open segment, which are not written yet."""
     return np.concatenate((values, np.zeros((tokens - len(values), *values.shape[1:]), values.dtype)))
 
 
 def what_is_left(written: np.ndarray, log_decay: np.ndarray, length: int, steps: int) -> np.ndarray:
-    """left_tuk = written_uk prod_{u < v < tn} decay_vk for the tokens u before segment t: [t n k]."""
+    """left_tnk = written_nk prod_{n < v < start of t} decay_vk for tokens n before segment t: [t n k]."""
     left = np.zeros((steps, *written.shape))
     for t in range(1, steps):
         past = slice(0, t * length)
@@ -93,10 +95,9 @@ def what_is_left(written: np.ndarray, log_decay: np.ndarray, length: int, steps:
 def blocks_of(
     weight: np.ndarray, filled: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """bounds [m 2], block [n m] and nothing [n] from the weights of the kept blocks: [n 1+r], newest last.
+    """Compute bounds [m 2], block [n m] and nothing [n] from the weights of kept blocks [n 1+r], newest last.
 
-    A block is complete with the token that fills it, where filled: [n] is 1, and seen from the next segment
-    on.
+    A block is complete with the token that fills it (filled: [n] is 1), and visible from the next segment on.
     """
     last = np.flatnonzero(filled == 1)
     first = np.concatenate(([0], last + 1))[: len(last)]

@@ -1,7 +1,8 @@
-"""What recordings say about a memory, as plain arrays: who wrote which slot, who read it, whose words.
+"""Measures of a memory from a recording, as numpy arrays: writes, reads, and the origin of what is read.
 
-Axes: n tokens of the stream, s slots, t segments (a write each). `layer` counts the layers that a point
-was recorded in; `row` is a stream of the batch.
+Axes: n tokens of the stream (u another token, the writer), s slots, t segments (one write each), m tokens of
+a segment, b batch, c chapters, i banks, l layers, h heads, j hits. `layer` is an index into the layers in
+which a point was recorded; `row` is one stream of the batch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from memlib.lab.trace import Trace, TraceError
 
 
 def per_token(trace: Trace, name: str, row: int = 0, layer: int = 0) -> np.ndarray:
-    """A point as one number per token [n]; other axes are averaged, and one per write counts for all
+    """A point as one value per token: [n]; other axes are averaged, and a value per write is repeated for all
     tokens of its segment."""
     values = trace[name].at(layer=layer, batch=row)
     time = "token" if "token" in values.axes else "step"
@@ -30,9 +31,9 @@ def stream_length(trace: Trace) -> int:
 
 
 def read_weight(trace: Trace, memory: str = "internal", row: int = 0, layer: int = 0) -> np.ndarray:
-    """How much of each token's reading came from each slot: [n s], each row summing to 1.
+    """The weight of each slot in each token's read: [n s], each row sums to 1.
 
-    A memory that retrieves by content records its weights where its attention is.
+    A memory that reads by content records its weights in its attention (`reader.attention.weight`).
     """
     by_content = f"{memory}.reader.attention.weight"
     name = by_content if by_content in trace else f"{memory}.reader.weight"
@@ -41,36 +42,37 @@ def read_weight(trace: Trace, memory: str = "internal", row: int = 0, layer: int
 
 
 def write_strength(trace: Trace, memory: str = "internal", row: int = 0, layer: int = 0) -> np.ndarray:
-    """How strongly each token wrote each slot, input gate and share of its bank included: [n s]."""
+    """How strongly each token wrote each slot, including input gate and weight of the bank: [n s]."""
     weight = trace[f"{memory}.writer.weight"].at(layer=layer, batch=row)
     if "token" in weight.axes:
         opened = rearrange(per_token(trace, f"{memory}.writer.input", row, layer), "n -> n 1")
         share = by_slot(trace, f"{memory}.writer.bank", weight.sizes["slot"], row, layer)
         return weight.values * opened * share
     opened = trace[f"{memory}.writer.input"].at(layer=layer, batch=row).mean("feature").values
-    slots = weight.sizes["slot"]  # which are sources too, and no words
+    slots = weight.sizes["slot"]  # the first sources are the slots themselves; skip them
     among_tokens = weight.mean("head").values[:, :, slots:]
     return rearrange(among_tokens * rearrange(opened, "t s -> t s 1"), "t s m -> (t m) s")
 
 
 def by_slot(trace: Trace, name: str, slots: int, row: int = 0, layer: int = 0) -> np.ndarray:
-    """What each token gave each bank, as one number a slot [n s]; ones for a memory without banks."""
+    """Each token's value for each bank, repeated for the bank's slots: [n s]; ones without banks."""
     if name not in trace:
         return np.ones((1, 1), np.float32)
     values = trace[name].at(layer=layer, batch=row).values
-    return repeat(values, "n k -> n (k s)", s=slots // values.shape[1])
+    return repeat(values, "n i -> n (i s)", s=slots // values.shape[1])
 
 
 def provenance(trace: Trace, memory: str = "internal", row: int = 0, layer: int = 0) -> np.ndarray:
-    """How much of what each token read was written by each earlier token: [n n], reader by writer.
+    """The share of each earlier token's writes in each token's read: [n u], reader by writer.
 
-    What token u put into slot s is thinned by every later erasure; a token t then reads a share of it:
-        own_su = i_u a_us prod_{v>u} (1 - a_vs i_v (1 - f_v)),     P_tu = sum_s r_ts own_su
-    over the u of earlier segments; in banks, which decay and do not erase, every later token thins all slots.
-    Raises TraceError for a memory whose tokens do not write one by one.
+    Later erasures shrink what token u wrote to slot s; token n then reads a part of the rest:
+        own_su = g_u a_us prod_{v>u} (1 - a_vs g_v (1 - f_v)),     P_nu = sum_s r_ns own_su
+    for u in earlier segments, with input gate g, forget gate f, write address a and read weight r. Banks
+    decay and do not erase, so there every later token shrinks all slots. Raises TraceError for a memory that
+    does not write token by token.
     """
     if "token" not in trace[f"{memory}.writer.weight"].axes:
-        raise TraceError(f"{memory}: not written token by token, so no token owns what a slot holds")
+        raise TraceError(f"{memory}: not written token by token, so a slot's content has no single writer")
     read = read_weight(trace, memory, row, layer)
     strength = write_strength(trace, memory, row, layer)
     if f"{memory}.writer.decay" in trace:
@@ -80,44 +82,43 @@ def provenance(trace: Trace, memory: str = "internal", row: int = 0, layer: int 
         remain = 1 - strength * rearrange(1 - kept, "n -> n 1")
     writes = trace[f"{memory}.after"].sizes["step"]
     length = len(strength) // writes
-    own, said = np.zeros((read.shape[1], len(read))), np.zeros((len(read), len(read)))
+    own, share = np.zeros((read.shape[1], len(read))), np.zeros((len(read), len(read)))
     for segment in range(0, len(read), length):
         part = slice(segment, segment + length)
-        said[part] = einsum(read[part], own, "n s, s u -> n u")
+        share[part] = einsum(read[part], own, "n s, s u -> n u")
         for u in range(segment, min(segment + length, len(strength))):
             own *= rearrange(remain[u], "s -> s 1")
             own[:, u] += strength[u]
-    return said
+    return share
 
 
 def retrieved(trace: Trace, memory: str = "external", row: int = 0, layer: int = 0) -> np.ndarray:
-    """How much of what each token was given back came from each earlier token: [n n], mean over heads.
+    """The weight of each earlier token in what each token retrieves: [n u], mean over heads.
 
-        P_tu = mean_h sum_j w_htj [source_htj = u]
+        P_nu = mean_h sum_j w_hnj [source_hnj = u]
 
-    A token for which nothing came back has a row of zeros.
+    A token without hits has a row of zeros.
     """
     weight = trace[f"{memory}.weight"].at(layer=layer, batch=row).values
     source = trace[f"{memory}.source"].at(layer=layer, batch=row).values.astype(int)
     heads, n, hits = source.shape
-    said = np.zeros((n, n))
+    share = np.zeros((n, n))
     token = np.broadcast_to(rearrange(np.arange(n), "n -> 1 n 1"), source.shape)
     found = source >= 0
-    np.add.at(said, (token[found], source[found]), weight[found] / heads)
-    return said
+    np.add.at(share, (token[found], source[found]), weight[found] / heads)
+    return share
 
 
 def best_hits(trace: Trace, memory: str = "external", row: int = 0, most: int = 8) -> dict[str, np.ndarray]:
-    """The hits that counted most for each token, by layer and head: source, score, weight, [l h n j] each.
+    """The hits with most weight for each token, by layer and head: source, score, weight, [l h n j] each.
 
-    source: the past token that came back, -1 where nothing did (score and weight are then 0). Raises
-    TraceError where a hit is not of the token's past: the recording then began in the middle of a stream,
-    and says nothing about the words before it.
+    source: the retrieved past token, -1 for no hit (score and weight are then 0). Raises TraceError if a hit
+    is not in the recorded past: the recording then began in the middle of a stream.
     """
     source = trace[f"{memory}.source"].at(batch=row).values.astype(np.int32)
     score, weight = (trace[f"{memory}.{name}"].at(batch=row).values for name in ("score", "weight"))
     if (source >= np.arange(source.shape[2]).reshape(-1, 1)).any():
-        raise TraceError(f"{memory}: tokens from before the recording came back; record from the start")
+        raise TraceError(f"{memory}: hits include tokens from before the recording; record from the start")
     best = np.argsort(-weight, axis=-1, kind="stable")[..., :most]
     source, score, weight = (np.take_along_axis(part, best, -1) for part in (source, score, weight))
     return {
@@ -128,10 +129,10 @@ def best_hits(trace: Trace, memory: str = "external", row: int = 0, most: int = 
 
 
 def slot_life(trace: Trace, memory: str = "internal", row: int = 0, layer: int = 0) -> dict[str, np.ndarray]:
-    """What happened to each slot in each segment, by name, each [t s].
+    """Measures of each slot in each segment, by name, each [t s].
 
-    written, read: the segment's total weight on the slot; norm: of its content after the write; change:
-    how far the write moved it; age: segments since it was last written (weight above 0.1).
+    written, read: total weight of the segment's tokens; norm: of the slot after the write; change: norm of
+    the difference that the write made; age: segments since the last write with weight above 0.1.
     """
     before = trace[f"{memory}.before"].at(layer=layer, batch=row)
     after = trace[f"{memory}.after"].at(layer=layer, batch=row)
@@ -141,7 +142,7 @@ def slot_life(trace: Trace, memory: str = "internal", row: int = 0, layer: int =
     life = {}
     written, read = write_strength(trace, memory, row, layer), read_weight(trace, memory, row, layer)
     for name, weight in (("written", written), ("read", read[: len(written)])):
-        life[name] = rearrange(weight, "(t n) s -> t n s", t=steps).sum(1)
+        life[name] = reduce(weight, "(t m) s -> t s", "sum", t=steps)
     life["change"] = np.linalg.norm(after.values - before.values, axis=-1)
     life["norm"] = np.linalg.norm(after.values, axis=-1)
     age = np.zeros_like(life["written"])
@@ -151,7 +152,7 @@ def slot_life(trace: Trace, memory: str = "internal", row: int = 0, layer: int =
 
 
 def chapter_loads(trace: Trace, memory: str = "chapters", layer: int = 0) -> np.ndarray:
-    """How much of all reading went to each chapter, by the router's weights: [c], summing to 1."""
+    """The share of each chapter in the router's total weight: [c], sums to 1."""
     weight = trace[f"{memory}.weight"].at(layer=layer).values
     loads = reduce(weight, "b n c -> c", "sum")
     return loads / loads.sum()

@@ -1,4 +1,4 @@
-"""Running notebooks in place and reading their parts: `make notebooks` and the notebooks' tests.
+"""Run notebooks in place, and find their exercises: `make notebooks` and the notebooks' tests.
 
 python -m memlib.lab.notebooks run notebooks/*.ipynb
 """
@@ -25,9 +25,9 @@ SOLUTION = re.compile(
 
 
 def run(path: Path) -> NotebookNode:
-    """Execute a notebook from the top in a fresh kernel and store what it showed, atomically."""
+    """Execute a notebook in a fresh kernel and store its outputs, atomically."""
     notebook = nbformat.read(path, as_version=4)
-    os.environ[FACES] = "static"  # the kernel inherits it: what is stored are pictures, no widgets
+    os.environ[FACES] = "static"  # inherited by the kernel: stores pictures instead of widgets
     NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": path.parent}}
     ).execute()
@@ -45,7 +45,7 @@ def run(path: Path) -> NotebookNode:
 
 @dataclass(frozen=True)
 class Exercise:
-    """An exercise cell, its check cell, and the folded answers of the markdown cell after them."""
+    """An exercise cell with the two folded answers of the markdown cell after its check."""
 
     name: str
     cell: int
@@ -54,9 +54,9 @@ class Exercise:
 
 
 def exercises(notebook: NotebookNode) -> list[Exercise]:
-    """The exercises of a notebook: cells tagged `exercise`, each followed by a check and its answers.
+    """Find the exercises of a notebook: cells tagged `exercise`, each followed by a check and its answers.
 
-    Raises ValueError where one lacks its check, its solution or its common wrong answer.
+    Raises ValueError for an exercise without a check, a solution or a common wrong answer.
     """
     found = []
     for i, cell in enumerate(notebook.cells):

@@ -1,6 +1,6 @@
-"""Static pictures of traces: figures with an alternative text, for notebooks and code hosts.
+"""Static pictures: figures with an alternative text, for notebooks and code hosts.
 
-Colours are safe for colour-blind readers: cividis for sizes, and one fixed colour per role.
+Colours are safe for colour-blind readers: cividis for magnitudes, and one fixed colour per role.
 """
 
 from __future__ import annotations
@@ -33,14 +33,13 @@ SERIES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a7a7a", "#b58900"]
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG and the words that say what it shows; displays as both."""
+    """A PNG with an alternative text; a notebook shows both."""
 
     png: bytes
     alt: str
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        # The HTML carries the text where screen readers and nbconvert look for it; code hosts that show
-        # no foreign HTML take the PNG.
+        # Screen readers and nbconvert read the text from the HTML; code hosts that show no HTML use the PNG.
         png = base64.b64encode(self.png).decode("ascii")
         figure = f'<figure><img alt="{html.escape(self.alt)}" src="data:image/png;base64,{png}"></figure>'
         bundle = {"text/html": figure, "image/png": self.png, "text/plain": self.alt}
@@ -52,7 +51,7 @@ class Picture:
 
 
 def picture(draw: Callable[..., None], alt: str, size: tuple[float, float] = (8, 3)) -> Picture:
-    """Draw on one matplotlib axis, off screen, and keep the result with its text."""
+    """Draw on one matplotlib axis, off screen, and return the picture with its text."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -72,7 +71,7 @@ def heat_map(
     marks: Sequence[str] = (),
     row_marks: Sequence[str] = (),
 ) -> Picture:
-    """A matrix as colours, [y x]; `marks` and `row_marks` name columns and rows where they are few."""
+    """A matrix [y x] as colours; marks, row_marks: labels of columns and rows, if there are few."""
 
     def draw(axis: Any) -> None:
         image = axis.imshow(values, aspect="auto", cmap="cividis", interpolation="nearest")
@@ -110,7 +109,7 @@ def curves(
 
 
 def colour_of(label: str, place: int = 0) -> str:
-    """The lab's colour for a role, or for the line at a place among others."""
+    """The lab's colour for a role, or for the line with a given index."""
     return ROLE.get(label.partition(",")[0], SERIES[place % len(SERIES)])
 
 

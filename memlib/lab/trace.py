@@ -1,13 +1,13 @@
-"""Recordings: what flowed through a model's named points, as labelled arrays.
+"""Recordings of a model's hook points, as labelled arrays.
 
     with record(model) as trace:
         model(input_ids)
     trace["internal.writer.input"]          # axes: layer batch token
 
-A recording listens to the model's `HookPoint`s; the model knows nothing of it. Points with a token axis are
-joined along it over calls and segments, so that `token` counts the stream's tokens; the others get a
-`step` axis, one entry per write. The same point of several layers gets a `layer` axis. A trace is
-numpy only: it saves to one safetensors file and opens where there is no torch.
+A recording listens to the model's `HookPoint`s; the model needs no code for it. Points with a token axis are
+concatenated over calls and segments, so `token` counts the stream's tokens. The others get a `step` axis, one
+entry per write. The same point of several layers gets a `layer` axis. A trace contains numpy arrays only: it
+is saved to one safetensors file and can be opened without torch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FORMAT = "memlib-trace-1"
 
 
 class TraceError(RuntimeError):
-    """A trace that lacks what was asked for or cannot be read; the message says what there is."""
+    """A trace lacks a point or axis, or cannot be read; the message lists what is available."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LabelledArray:
         return dict(zip(self.axes, self.values.shape, strict=True))
 
     def at(self, **index: int) -> LabelledArray:
-        """The part at the given index of each named axis; those axes go."""
+        """Index named axes; the indexed axes are removed."""
         if unknown := set(index) - set(self.axes):
             raise TraceError(f"no axis {sorted(unknown)[0]!r}: this array has {', '.join(self.axes)}")
         picks = tuple(index.get(axis, slice(None)) for axis in self.axes)
@@ -64,9 +64,8 @@ class LabelledArray:
         """The mean over a named axis."""
         if axis not in self.axes:
             raise TraceError(f"no axis {axis!r}: this array has {', '.join(self.axes)}")
-        place = self.axes.index(axis)
         rest = tuple(a for a in self.axes if a != axis)
-        return LabelledArray(self.values.mean(place), rest)
+        return LabelledArray(self.values.mean(self.axes.index(axis)), rest)
 
     def __repr__(self) -> str:
         return f"LabelledArray({', '.join(f'{a}={n}' for a, n in self.sizes.items())})"
@@ -74,7 +73,7 @@ class LabelledArray:
 
 @dataclass
 class Trace:
-    """Recorded points by name; `tokens` [batch token] and `layers`, the layers each point was seen in."""
+    """Recorded points by name, with `tokens` [batch token]; layers: the layers in which each was recorded."""
 
     points: dict[str, LabelledArray] = field(default_factory=dict)
     layers: dict[str, list[int]] = field(default_factory=dict)
@@ -108,7 +107,7 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
-        """Open a saved trace. Raises TraceError for anything that is not one."""
+        """Open a saved trace; raises TraceError for any other file."""
         try:
             with safe_open(path, "numpy") as file:
                 metadata = file.metadata() or {}
@@ -129,14 +128,14 @@ class Trace:
 
 @contextmanager
 def record(model: RecurrentModel, states: bool = False) -> Iterator[Trace]:
-    """Record every named point of a model while the block runs; the trace is complete after it.
+    """Record every hook point of a model inside a `with` block; the trace is complete after the block.
 
     states: also record each memory's state after each call, under the axes that it declares:
     `internal.state.slots` has layer, step, batch, slot and feature.
     """
     from memlib.nn.hook_point import HookPoint
 
-    heard: dict[str, dict[int, list[np.ndarray]]] = {}
+    recorded: dict[str, dict[int, list[np.ndarray]]] = {}
     axes: dict[str, tuple[str, ...]] = {"tokens": ("batch", "token")}
     tokens: list[np.ndarray] = []
     listening: list[tuple[HookPoint, Listener]] = []
@@ -146,7 +145,7 @@ def record(model: RecurrentModel, states: bool = False) -> Iterator[Trace]:
 
         def hear(value: Tensor) -> None:
             array = value.detach().float().cpu().numpy()
-            heard.setdefault(point.name, {}).setdefault(layer, []).append(array)
+            recorded.setdefault(point.name, {}).setdefault(layer, []).append(array)
 
         point.listeners.append(hear)
         listening.append((point, hear))
@@ -159,7 +158,7 @@ def record(model: RecurrentModel, states: bool = False) -> Iterator[Trace]:
                     # Tokens that a state keeps are its slots; `token` counts those of the stream.
                     axes[name] = tuple("slot" if axis == "token" else axis for axis in labels)
                     array = value.detach().cpu().numpy()
-                    heard.setdefault(name, {}).setdefault(layer, []).append(array)
+                    recorded.setdefault(name, {}).setdefault(layer, []).append(array)
 
     def hear_tokens(_module: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         ids = inputs[0] if inputs else keywords["input_ids"]
@@ -182,14 +181,14 @@ def record(model: RecurrentModel, states: bool = False) -> Iterator[Trace]:
             point.listeners.remove(hear)
     if tokens:
         trace.points["tokens"] = LabelledArray(np.concatenate(tokens, 1), axes["tokens"])
-    for name, by_layer in heard.items():
+    for name, by_layer in recorded.items():
         trace.layers[name] = sorted(by_layer)
         trace.points[name] = join([by_layer[layer] for layer in sorted(by_layer)], axes[name])
 
 
 def join(layers: list[list[np.ndarray]], axes: tuple[str, ...]) -> LabelledArray:
-    """What each layer's point said, in order, as one array with `layer` first and tokens or steps joined."""
+    """Join the values of a point by layer: tokens are concatenated, other values stacked as steps."""
     if "token" in axes:
-        place = axes.index("token")
-        return LabelledArray(np.stack([np.concatenate(said, place) for said in layers]), ("layer", *axes))
-    return LabelledArray(np.stack([np.stack(said) for said in layers]), ("layer", "step", *axes))
+        axis = axes.index("token")
+        return LabelledArray(np.stack([np.concatenate(values, axis) for values in layers]), ("layer", *axes))
+    return LabelledArray(np.stack([np.stack(values) for values in layers]), ("layer", "step", *axes))

@@ -1,4 +1,6 @@
-"""Adaptive slots: a bank that takes slots by content, and takes them back (spec B14).
+"""Adaptive slots: slots are allocated by content and reclaimed when unused.
+
+Source: "LTM Transformer Architecture", Future Improvements (docs/coverage.md); the rule is ours.
 
 The rule, in full. A slot is in use, or it is free: empty, and not read.
 

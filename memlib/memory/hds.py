@@ -2,7 +2,7 @@
 
     level 0   h_t, the token itself                                        [b n d]
     level 1   the newest complete blocks of chunk_size tokens              [b r d]
-    level 2   a summary of the sequence so far                             [b d]
+    level 2   the mean of all tokens since the last reset                  [b d]
     level 3   K banks of M slots, each with its own addresses and pace     [b k s e]
 
 A token asks all levels and a gate of its own mixes what they answer.
@@ -10,10 +10,14 @@ A token asks all levels and a gate of its own mixes what they answer.
 Axes: b batch, n tokens of a segment, r kept blocks, m blocks a segment can complete, k banks, s slots of
 a bank, e slot width, d hidden.
 
-Choices where the documents ("MM-Rec", spec C1-C4) leave them open:
+Source: "MM-Rec Memory Architecture" (docs/coverage.md). From it:
 
-- The documents want M <- M decay + new, never a plain overwrite: nothing is erased but by decay.
-- Decay is per token and bank [b n k], as they want. What a token multiplies a bank with is
+- M <- M decay + new, never a plain overwrite: content is removed by decay only.
+- Decay is per token and bank [b n k].
+
+Choices of our own:
+
+- The factor by which a token multiplies a bank is
   2^(-u_tk / (H_k n)): a segment of n neutral tokens (u = 1) takes a bank down by half in H_k segments.
 - A bank's slots are chosen by the addresses that made the internal memory learn (docs/diary.md), one book
   a bank. Which banks a token writes to, and which it reads, it chooses by two more gates.
@@ -54,7 +58,7 @@ class BlockState(State):
 
 @dataclass(frozen=True)
 class SummaryState(State):
-    """mean: [b d] over the count: [b] tokens of the sequence so far."""
+    """mean: [b d] over the count: [b] tokens since the last reset."""
 
     mean: Tensor = axes("batch feature")
     count: Tensor = axes("batch")
@@ -177,7 +181,7 @@ class BlockLevel(nn.Module):
 
 
 class SummaryLevel(nn.Module):
-    """Level 2: one vector for the sequence so far, the mean of its tokens; hidden: [b n d] -> [b n d]."""
+    """Level 2: the mean of all tokens since the last reset; hidden: [b n d] -> [b n d]."""
 
     def __init__(self, hidden_dim: int) -> None:
         super().__init__()
@@ -208,7 +212,7 @@ class BankLevel(nn.Module):
 
     a: address in each bank's book, of the token before when writing (token shift), of the token itself
     when reading; i: input gate; p, r: softmax over banks, how much of a token goes to which bank and how
-    much of its reading comes from it; v = tanh(x W_v). Spec C1, C3, C4.
+    much of its reading comes from it; v = tanh(x W_v).
     """
 
     def __init__(self, config: HdsMemoryConfig, hidden_dim: int) -> None:

@@ -51,7 +51,7 @@ class MemoryAttention(nn.Module):
     query: [b n k], keys: [b s k], values: [b s e], bias: [b s] (-inf: may not be read) -> [b n e].
     Keys are unit vectors where they were written in full: a random key then scores like a normal number
     of deviation `sharpness`, a match scores sharpness sqrt(k).
-    Source: "LTM Transformer Architecture", Memory Attention (spec B3).
+    Source: "LTM Transformer Architecture", Memory Attention (docs/coverage.md); the softmax is ours.
     """
 
     def __init__(self, sharpness: float, name: str, top_k: int | None = None) -> None:

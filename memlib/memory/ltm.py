@@ -4,14 +4,17 @@ Axes: b batch, n tokens of a segment, c tokens that survive compression, s slots
 k key width (half of e).
 
 A slot is a row of the bank: its first half is the key it is found by, its second half what it says.
-Slots start as fixed random keys that say nothing. What the document leaves open, and what is here:
+Slots start with fixed random keys and zero values. Source: "LTM Transformer Architecture" (docs/coverage.md).
+Choices it leaves open:
 
 - Its attention scores are linear (no softmax) over the very rows it returns; with one row for both, a
   slot can only answer with what it was asked. Hence the halves, and a softmax.
 - Which slot a token updates is not said. Here it is the slot its key means: the same attention, asked
   with the key the token is filed under. So writing moves a slot's key to what is asked of it.
-- `slots: fixed` spreads a write over the slots its key means. `slots: adaptive` (spec B14) gives it one slot
-  by content, takes free ones as needed and takes back what is not used: `slots.py` has the rule.
+- `slots: fixed` spreads a write over the slots that its key attends to. `slots: adaptive` assigns one slot by
+  content, allocates free slots when needed and reclaims unused ones: `adaptive_slots.py` has the rule.
+- `attention: sparse` keeps each token's top_k slots. It still scores every slot; only the weighted sum of
+  values is cheaper.
 - "Selective update": of a segment's n tokens the ceil(ratio n) most important are written, the others
   are not. A token that is dropped early would never be tried again, and most of the loss of compression
   was that (docs/diary.md). So training draws the survivors (Gumbel top-k: the most important under
@@ -51,7 +54,7 @@ class LtmState(State):
 
 
 class LongTermMemory(Memory):
-    """A bank of slots behind a compression gate (spec B1, B2, B3)."""
+    """A bank of slots, written through a compression gate and read by attention."""
 
     start: Tensor
 

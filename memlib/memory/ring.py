@@ -16,9 +16,10 @@ Everything is kept exactly as it was written: no place is ever mixed. In plain P
                 store[place] = oldest
         ring.append(item)
 
-which is what tests/memory/test_ring.py holds it to. The document says "ring buffer" and "LRU cache", both
-[512, 512], and no more (spec C5). That what leaves the ring goes to the store, if it is important, and that
-a token retrieves what got more than `retrieved_above` of its attention, are ours.
+tests/memory/test_ring.py compares the module with this loop. Source: the prototype of "MM-Rec Memory
+Architecture" (docs/coverage.md), which specifies a ring buffer and an LRU cache of [512, 512] each. Two
+choices are ours: items that leave the ring enter the store if their importance is at least `admit`, and a
+place counts as retrieved if a token gave it more than `retrieved_above` of its attention.
 """
 
 from __future__ import annotations

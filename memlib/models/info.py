@@ -1,4 +1,4 @@
-"""What a model weighs, in numbers a person reads (spec D15)."""
+"""Parameter counts and sizes of a model, formatted for people."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The block of the documents: a plain block that may read memory tokens it is given (spec D4).
+"""Transformer block with optional cross-attention to given memory tokens ("Core Package", docs/coverage.md).
 
     A (default):  x = x + attention(norm(x))
                   x = x + memory(norm(x), M)        B: x = x + mlp(norm(x)) comes before this line

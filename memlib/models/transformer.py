@@ -40,7 +40,7 @@ Losses = list[dict[str, Tensor]]
 
 
 class MemoryTransformer(nn.Module):
-    """Baseline, LM2 and every later memory architecture: configs of this one model.
+    """A transformer with any registered memories; every architecture is a configuration of this one model.
 
     >>> outputs = model(input_ids, memory_state=state)       # state=None starts new streams
     >>> state = outputs.memory_state                         # goes into the next call

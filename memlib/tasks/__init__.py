@@ -1,7 +1,7 @@
-"""What models are trained and measured on: generated tasks with computed chance levels, real text.
+"""Tasks for training and evaluation: generated tasks with known chance levels, and real text.
 
-A task is a file here with a `Task` subclass, a dataclass and a field of `TaskConfig` of the same
-name, and a line in `TASKS`.
+To add a task: a file here with a `Task` subclass, a dataclass of options, a field of `TaskConfig` with the
+task's name, and a line in `TASKS`.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ __all__ = [
 
 
 def make_task(config: TaskConfig, segment_length: int) -> Task:
-    """The task that a configuration describes, in segments of `segment_length` tokens.
+    """Build the configured task, with segments of `segment_length` tokens.
 
-    Raises ValueError if the examples do not fit the segments.
+    Raises ValueError if an example does not fit into its segments.
     """
     options = getattr(config, config.name)
     return TASKS[config.name](options, segment_length, config.segments, config.segments_min)

@@ -1,4 +1,7 @@
-"""What every task is: batches as a function of (seed, split, step), a chance level, an oracle."""
+"""Base classes of tasks: batches as a function of (seed, split, step), a chance level, an oracle.
+
+Axes: b batch, t tokens of an example.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ SPLITS = ("train", "test")
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens with what each position should predict, as ordinary language modelling.
+    """Rows of tokens with next-token targets.
 
     tokens:  [b t] int64
     targets: [b t] int64, the token after each position
-    scored:  [b t] bool, the positions that count when the task is measured
-    starts:  [b] bool, rows that begin a new document: their memory must be reset first
+    scored:  [b t] bool, positions that count for loss and accuracy
+    starts:  [b] bool, rows that begin a new document; their memory must be reset first
     """
 
     tokens: Tensor
@@ -31,7 +34,7 @@ class Batch:
 
     @classmethod
     def of(cls, stream: np.ndarray, scored: np.ndarray, starts: np.ndarray) -> Batch:
-        """From stream [b t+1], whose last token is only a target, scored [b t] and starts [b]."""
+        """Build from stream [b t+1] (its last token is a target only), scored [b t] and starts [b]."""
         ids = torch.from_numpy(stream.astype(np.int64, copy=False))
         return cls(
             ids[:, :-1].contiguous(),
@@ -46,13 +49,13 @@ class Batch:
 
 
 class Task(ABC):
-    """Batches of t = segments * segment_length tokens, and how to judge answers to them.
+    """Batches of t = segments * segment_length tokens, with scored positions and an oracle.
 
     vocabulary: names of the tokens
-    chance:     accuracy at the scored positions of the best guesser that has no memory; each task
-                says how it is computed
-    continues:  False: every batch is whole examples; True: row r of batch i + 1 goes on where row r
-                of batch i ended, and memory is carried over
+    chance:     accuracy at the scored positions of the best guess without memory; each task documents
+                its value
+    continues:  False: every batch holds complete examples; True: row r of batch i + 1 continues row r of
+                batch i, so memory must be carried over
     """
 
     vocabulary: Vocabulary
@@ -68,40 +71,41 @@ class Task(ABC):
         return len(self.vocabulary)
 
     def name_of(self, token: int) -> str:
-        """A token as a person reads it."""
+        """The readable name of a token."""
         return self.vocabulary.names[token]
 
     @abstractmethod
     def batch(self, batch_size: int, step: int, seed: int = 0, split: str = "train") -> Batch:
-        """Batch number `step`; the same arguments give the same batch, in any order of asking.
+        """Batch number `step`; equal arguments always give the same batch.
 
         Raises ValueError if split is neither train nor test.
         """
 
     def test_rows(self, at_most: int) -> int:
-        """How many parallel rows the test split can fill, up to `at_most`."""
+        """Number of parallel rows that the test split can fill, up to `at_most`."""
         return at_most
 
     def oracle(self, tokens: Tensor) -> Tensor:
-        """Predictions [b t] for tokens [b t], each from the tokens up to its own position.
+        """Correct predictions [b t] for tokens [b t], each from the tokens up to its position.
 
-        Plain and slow: the upper bound in tests and notebooks. Only scored positions are meant to
-        be right, the others may be 0.
+        A slow Python loop, used as the upper bound in tests and notebooks. Only scored positions are
+        predicted; the others may be 0.
         """
         return torch.tensor([self.solve(row) for row in tokens.tolist()], dtype=torch.int64)
 
     @abstractmethod
     def solve(self, row: list[int]) -> list[int]:
-        """The oracle for one row."""
+        """The oracle's predictions for one row."""
 
 
 class GeneratedTask(Task):
-    """A task whose batches are drawn at random: whole examples, as many as anyone asks for.
+    """A task with unlimited random examples; every batch holds complete examples.
 
     Training batches draw their number of segments uniformly from segments_min … segments; test
     batches always have `segments`.
 
-    Raises ValueError if segments_min is above segments or an example could be of one segment.
+    Raises ValueError if segments_min is above segments, or if an example could have fewer than `least`
+    segments.
     """
 
     def __init__(self, segment_length: int, segments: int, segments_min: int | None, least: int = 2) -> None:
@@ -114,8 +118,8 @@ class GeneratedTask(Task):
         if self.segments_min < least:
             name = "segments" if segments_min is None else "segments_min"
             raise ValueError(
-                f"{name} = {self.segments_min}: these options need at least {least}, "
-                f"so that what is asked lies before the last segment; raise {name}"
+                f"{name} = {self.segments_min}: these options need at least {least}, because everything "
+                f"asked for must be shown before the last segment; raise {name}"
             )
 
     def batch(self, batch_size: int, step: int, seed: int = 0, split: str = "train") -> Batch:
@@ -130,16 +134,16 @@ class GeneratedTask(Task):
     def generate(
         self, rng: np.random.Generator, batch_size: int, segments: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """stream [b t+1] and scored [b t] of one batch of examples."""
+        """Generate one batch of examples: stream [b t+1] and scored [b t]."""
 
 
 def check_split(split: str) -> None:
-    """ValueError unless split is train or test."""
+    """Raise ValueError unless split is train or test."""
     if split not in SPLITS:
         raise ValueError(f"split = {split!r}: expected one of {', '.join(SPLITS)}")
 
 
 def generator(seed: int, split: str, number: int) -> np.random.Generator:
-    """A random generator of its own for each (seed, split, number)."""
+    """An independent random generator for each (seed, split, number)."""
     check_split(split)
     return np.random.default_rng([seed, SPLITS.index(split), number])

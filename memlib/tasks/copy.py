@@ -1,4 +1,7 @@
-"""Copy and selective copy: say the symbols again, in order."""
+"""Copy and selective copy: repeat symbols in order.
+
+Axes: b batch, t tokens of the stream, n tokens of a segment, w tokens of a block.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from memlib.tasks.vocabulary import Vocabulary, numbered
 class Copy(GeneratedTask):
     """`. a5 a1 a1 . | . . . . | . > a5 a1 a1 .`: a run of symbols, noise, then the copy.
 
-    Selective: the symbols stand scattered over all segments but the last, in the same order.
-    Scored are the positions that predict the copy's symbols. Symbols are independent and uniform:
-    chance is exactly 1 / num_symbols for each.
+    Selective: the symbols are scattered over all segments but the last, in the same order. The scored
+    positions are those that predict the copied symbols. Symbols are independent and uniform, so chance is
+    exactly 1 / num_symbols.
 
-    Raises ValueError if the copy, or the run, does not fit.
+    Raises ValueError if the symbols and their mark do not fit into one segment.
     Source: the copy task of Neural Turing Machines (arXiv 1410.5401); selective copying as in Mamba
     (arXiv 2312.00752).
     """
@@ -33,7 +36,7 @@ class Copy(GeneratedTask):
         super().__init__(segment_length, segments, segments_min)
         if config.num_items + 1 > segment_length:
             raise ValueError(
-                f"num_items = {config.num_items}: at most {segment_length - 1} fit beside their "
+                f"num_items = {config.num_items}: at most {segment_length - 1} fit after their "
                 f"mark in a segment_length of {segment_length}; lower num_items"
             )
         self.config = config
@@ -59,7 +62,7 @@ class Copy(GeneratedTask):
             np.put_along_axis(stream, scattered, items, 1)
         else:
             run = place_blocks(rng, b, 1, c.num_items, n)
-            write_blocks(stream, run, rearrange(items, "b m -> b 1 m"))
+            write_blocks(stream, run, rearrange(items, "b w -> b 1 w"))
         go = (segments - 1) * n + place_blocks(rng, b, 1, c.num_items + 1, n)
         mark = np.full((b, 1), self.vocabulary["go"].start)
         copied = np.concatenate((mark, items), -1)
@@ -69,7 +72,7 @@ class Copy(GeneratedTask):
         return stream, scored
 
     def solve(self, row: list[int]) -> list[int]:
-        """From the mark on, the symbols in the order in which they were seen."""
+        """After the mark, predict the symbols in the order in which they appeared."""
         seen: list[int] = []
         predictions, answer = [], None
         for token in row:

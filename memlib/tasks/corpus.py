@@ -1,4 +1,4 @@
-"""Documents through the `datasets` library as one array of bytes; offline unless told otherwise."""
+"""Load documents with the `datasets` library into one array of bytes; offline by default."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ READERS = {
 
 
 def read_corpus(config: TextConfig) -> np.ndarray:
-    """[t] uint8: UTF-8 bytes of the documents in order, each followed by byte 0; t <= max_bytes.
+    """Read the text into [t] uint8: UTF-8 bytes of all documents, each followed by byte 0; t <= max_bytes.
 
     Raises ValueError if the dataset is missing, cannot be read, lacks the text column or is empty.
     """
@@ -50,7 +50,7 @@ def read_corpus(config: TextConfig) -> np.ndarray:
 
 
 def _join(documents: Iterable[str | None], max_bytes: int) -> bytes:
-    """The documents' bytes, each followed by the separator, cut after max_bytes."""
+    """Concatenate documents as bytes, each followed by the separator, up to max_bytes."""
     joined = bytearray()
     for document in documents:
         content = (document or "").encode(errors="replace").replace(b"\0", b"")
@@ -78,7 +78,7 @@ def _column(dataset: Dataset, config: TextConfig) -> Iterable[str | None]:
 
 
 def _standard_library() -> Dataset:
-    """The top-level modules of the running interpreter, by name: real text that is always there."""
+    """The interpreter's own top-level modules, sorted by name: real text that needs no download."""
     from datasets import Dataset
 
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
@@ -87,7 +87,7 @@ def _standard_library() -> Dataset:
 
 
 def _local(path: Path) -> list[Dataset]:
-    """A file, or a folder's readable files in order of path, one dataset for each kind of file."""
+    """One dataset for each file type: of a file, or of all readable files in a folder, sorted by path."""
     from datasets import Dataset
     from datasets.exceptions import DatasetsError
 
@@ -130,7 +130,7 @@ def _hub(config: TextConfig) -> Dataset:
         missing = (
             "could not be fetched; check the name, subset, split and the connection"
             if config.download
-            else "is no local file, and this subset and split are not in the local cache of hub "
+            else "is not a local file, and this subset and split are not in the local cache of hub "
             "datasets; set task.text.download: true to fetch it, or use python-stdlib or a file"
         )
         raise ValueError(
@@ -141,9 +141,9 @@ def _hub(config: TextConfig) -> Dataset:
 
 @contextmanager
 def _datasets_settings(offline: bool) -> Iterator[None]:
-    """The library without progress bars and download counts, and without network if `offline`.
+    """Temporarily disable progress bars and download counts, and the network if `offline`.
 
-    Restored afterwards, as they are the settings of the whole process.
+    The settings are global to the process, so they are restored on exit.
     """
     import datasets
 

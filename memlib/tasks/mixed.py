@@ -1,4 +1,8 @@
-"""Facts and registers: what was said once must be found again, what was changed must be kept up to date."""
+"""Facts and registers: facts are shown once, registers are set several times and the last value counts.
+
+Axes: b batch, t tokens of the stream, n tokens of a segment, p pairs, q queries, r registers, w settings of
+a register.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,9 @@ from memlib.tasks.vocabulary import Vocabulary, numbered
 class Mixed(GeneratedTask):
     """`f7 v3 . r1 v2 | r1 v9 . f2 v3 | . ? f2 v3 ? r1 v9`: two demands on memory in one stream.
 
-    A fact is shown once: there are many, and any may be asked. A register is set several times: there
-    are few, and its last value counts. All pairs stand in random order, evenly over the segments before
-    the last, which asks for some of both. Scored are the positions of the asked keys.
+    There are many facts, each shown once, and any may be queried. There are few registers, each set several
+    times; the last value counts. All pairs are in random order, spread evenly over the segments before the
+    last. The last segment queries some facts and some registers. The scored positions are the queried keys.
 
     Values are independent and uniform, so chance is exactly 1 / num_values for both.
 
@@ -39,11 +43,11 @@ class Mixed(GeneratedTask):
             ("num_facts", config.num_facts, config.num_fact_keys),
         ):
             if asked > shown:
-                raise ValueError(f"{name} = {asked}: at most {shown} are there; lower it")
+                raise ValueError(f"{name} = {asked}: at most {shown} are available; lower it")
         if 3 * queries > n:
             raise ValueError(
                 f"fact_queries + register_queries = {queries}: they take 3 tokens each and at most "
-                f"{n // 3} fit in a segment_length of {n}; ask less or raise segment_length"
+                f"{n // 3} fit in a segment_length of {n}; lower them or raise segment_length"
             )
         super().__init__(segment_length, segments, segments_min, least=1 + -(-pairs // (n // 2)))
         self.config, self.num_pairs = config, pairs
@@ -82,7 +86,7 @@ class Mixed(GeneratedTask):
         )
         order = random_subset(rng, b, asked.shape[1], of=asked.shape[1])
         asked = np.take_along_axis(asked, order, 1)
-        # The last place where an asked key stands is where its value was last set.
+        # The last occurrence of a queried key has the value that counts.
         same = rearrange(keys, "b p -> b 1 p") == rearrange(asked, "b q -> b q 1")
         last = self.num_pairs - 1 - np.argmax(same[..., ::-1], -1)
         answers = np.take_along_axis(values, last, 1)
@@ -94,14 +98,17 @@ class Mixed(GeneratedTask):
         return stream, scored
 
     def _pair_starts(self, rng: np.random.Generator, batch_size: int, segments: int) -> np.ndarray:
-        """[b pairs]: where the pairs begin, in order, evenly over all segments but the last."""
+        """Start positions of the pairs, ascending, spread evenly over all segments but the last: [b p]."""
         n, shown = self.segment_length, segments - 1
         counts = np.diff(np.arange(shown + 1) * self.num_pairs // shown)
-        parts = [t * n + place_blocks(rng, batch_size, m, 2, n) for t, m in enumerate(counts.tolist())]
+        parts = [
+            segment * n + place_blocks(rng, batch_size, count, 2, n)
+            for segment, count in enumerate(counts.tolist())
+        ]
         return np.concatenate(parts, 1)
 
     def solve(self, row: list[int]) -> list[int]:
-        """At every key, the value that last stood behind it."""
+        """At every key, predict the value that last followed it."""
         latest: dict[int, int] = {}
         predictions, previous = [], 0
         for token in row:

@@ -1,4 +1,4 @@
-"""A passkey somewhere in noise, asked for at the end."""
+"""Passkey retrieval: a key hidden in noise; the last segment asks for it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from memlib.tasks.vocabulary import Vocabulary, numbered
 
 
 class Passkey(GeneratedTask):
-    """`. ! 4 2 . | . . . . | . . ? 4 2 .`: the key after its mark, noise, then the question.
+    """`. ! 4 2 . | . . . . | . . ? 4 2 .`: the key after its mark, noise, then the query.
 
-    The key's segment is round(depth * (segments - 2)), or any but the last if depth is null.
-    Scored are the positions that predict the answer's digits, one after another. Digits are
-    independent and uniform: chance is exactly 1 / num_symbols for each.
+    The key is in segment round(depth * (segments - 2)), or in a random one before the last if depth is
+    null. The scored positions are those that predict the answer's digits. Digits are independent and
+    uniform, so chance is exactly 1 / num_symbols.
 
     Raises ValueError if the key does not fit a segment or the depth is outside 0 … 1.
     Source: the passkey task of Infini-attention (arXiv 2404.07143), with tokens for words.
@@ -34,7 +34,7 @@ class Passkey(GeneratedTask):
         super().__init__(segment_length, segments, segments_min)
         if config.num_digits + 1 > segment_length:
             raise ValueError(
-                f"num_digits = {config.num_digits}: at most {segment_length - 1} fit beside their "
+                f"num_digits = {config.num_digits}: at most {segment_length - 1} fit after their "
                 f"mark in a segment_length of {segment_length}; lower num_digits"
             )
         if config.depth is not None and not 0 <= config.depth <= 1:
@@ -71,7 +71,7 @@ class Passkey(GeneratedTask):
         return stream, scored
 
     def solve(self, row: list[int]) -> list[int]:
-        """After the question, the key's digits in order."""
+        """After the query, predict the key's digits in order."""
         key: list[int] = []
         answer: Iterator[int] = iter(())
         predictions, after = [], ""
@@ -91,7 +91,7 @@ class Passkey(GeneratedTask):
 def passkey_grid(
     config: PasskeyConfig, segment_length: int, segments: Sequence[int], depths: Sequence[float]
 ) -> dict[tuple[int, float], Passkey]:
-    """One task for each (length in segments, depth): what a length-by-depth heatmap measures."""
+    """One task for each (length in segments, depth), for a heatmap of length by depth."""
     return {
         (length, depth): Passkey(dataclasses.replace(config, depth=depth), segment_length, length)
         for length in segments

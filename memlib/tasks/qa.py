@@ -1,4 +1,8 @@
-"""Stories and questions: one, two or three facts that lie segments before the question."""
+"""Stories and questions: an answer needs one, two or three facts from segments before the question.
+
+Axes: b batch, t tokens of the stream, n tokens of a segment, s segments of the story, e events, m
+sentences, w words of a sentence.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ PEOPLE = ["anna", "boris", "clara", "dario", "elena", "felix", "greta", "hugo"]
 PLACES = ["attic", "cellar", "courtyard", "harbour", "kitchen", "library", "market", "workshop"]
 THINGS = ["lantern", "rope", "map", "coin", "kettle", "drum"]
 
-# Every sentence has six words and every kind two wordings, so that a batch is an array.
+# Every sentence has six words and every kind has two wordings, so that a batch is one array.
 DEEDS = (
     ("PERSON walks into the PLACE .", "PERSON arrives at the PLACE ."),
     ("PERSON now takes the THING .", "PERSON lifts up the THING ."),
@@ -37,16 +41,15 @@ BLANKS = {"PERSON": -1, "PLACE": -2, "THING": -3, "HERE": -4}
 
 
 class Qa(GeneratedTask):
-    """`anna walks into the attic . … | … ? attic`: where is a person, a thing, where was it before?
+    """`anna walks into the attic . … | … ? attic`: where is a person or a thing, or where was it before?
 
-    One fact: where a person went last. Two: where a thing is, through who carries it. Three: where
-    a thing was carried from to get where it is. The story fills all segments but the last with
-    sentences, one in 1 + distractors of them an event and the others idle talk; none straddles two
-    segments. The last segment holds the question alone. Scored is the position that predicts the
-    answer.
+    One fact: where a person went last. Two facts: where a thing is, from the person who carries it. Three
+    facts: from which place a thing was carried to its present place. Sentences fill all segments but the
+    last: one in 1 + distractors is an event, the others are irrelevant. No sentence crosses a segment
+    border. The last segment holds only the question. The scored position is the one that predicts the answer.
 
-    Chance is exactly 1 / num_places, as no place is special to the simulation; with three facts
-    1 / (num_places - 1), as the question names a place that cannot be the answer.
+    Chance is exactly 1 / num_places, because the simulation treats all places alike. With three facts it
+    is 1 / (num_places - 1), because the question names a place that cannot be the answer.
 
     Raises ValueError if the story or the question does not fit.
     Source: the idea of bAbI's tasks 1-3 (arXiv 1502.05698) and of BABILong (arXiv 2406.10149), with
@@ -89,7 +92,7 @@ class Qa(GeneratedTask):
         self._answers_at = question.index("?")
 
     def _events(self, segments: int) -> int:
-        """Events of a story of `segments` - 1 segments; ValueError if too few for the question."""
+        """Number of events in `segments` - 1 segments; raises ValueError if too few for the question."""
         c, n = self.config, self.segment_length
         room = (segments - 1) * (n // SENTENCE)
         events = room // (1 + c.distractors)
@@ -103,12 +106,12 @@ class Qa(GeneratedTask):
         return events
 
     def _encode(self, sentences: tuple[str, ...]) -> np.ndarray:
-        """[k w]: token ids of k sentences of w words; blanks are negative."""
+        """Token ids of m sentences of w words: [m w]; blanks are negative."""
         ids = BLANKS | {name: i for i, name in enumerate(self.vocabulary.names)}
         return np.array([[ids[word] for word in sentence.split()] for sentence in sentences])
 
     def _fill(self, sentences: np.ndarray, **blanks: np.ndarray) -> np.ndarray:
-        """Sentences [... w] with each blank replaced by numbers [...] of its family."""
+        """Fill the blanks of sentences [... w] with members [...] of the blank's family."""
         family = {"PERSON": "person", "PLACE": "place", "THING": "thing", "HERE": "place"}
         for blank, number in blanks.items():
             word = self.vocabulary[family[blank]].start + rearrange(number, "... -> ... 1")
@@ -120,16 +123,16 @@ class Qa(GeneratedTask):
     ) -> tuple[np.ndarray, np.ndarray]:
         b, n, c = batch_size, self.segment_length, self.config
         world = c.num_people, c.num_places, c.num_objects
-        told = tell_stories(rng, b, self._events(segments), c.supporting_facts, *world)
+        stories = tell_stories(rng, b, self._events(segments), c.supporting_facts, *world)
         stream = np.full((b, segments * n + 1), self.vocabulary["pad"].start)
-        self._write_story(rng, stream, told, segments)
+        self._write_story(rng, stream, stories, segments)
 
         question = self._fill(
             np.repeat(self._question, b, axis=0),
-            PERSON=told.hero,
-            THING=told.treasure,
-            HERE=told.here,
-            PLACE=told.before if c.supporting_facts == 3 else told.here,
+            PERSON=stories.hero,
+            THING=stories.treasure,
+            HERE=stories.here,
+            PLACE=stories.before if c.supporting_facts == 3 else stories.here,
         )
         asked = (segments - 1) * n + place_blocks(rng, b, 1, question.shape[-1], n)
         write_blocks(stream, asked, rearrange(question, "b w -> b 1 w"))
@@ -138,18 +141,20 @@ class Qa(GeneratedTask):
         return stream, scored
 
     def _write_story(
-        self, rng: np.random.Generator, stream: np.ndarray, told: Stories, segments: int
+        self, rng: np.random.Generator, stream: np.ndarray, stories: Stories, segments: int
     ) -> None:
-        """Fill all segments but the last of stream [b t+1] with the events among idle talk."""
-        (b, e), n, c = told.kind.shape, self.segment_length, self.config
+        """Fill all segments but the last of stream [b t+1] with events and irrelevant sentences."""
+        (b, e), n, c = stories.kind.shape, self.segment_length, self.config
         each = n // SENTENCE
         everywhere = (b, (segments - 1) * each)
         sentences = self._fill(
             self._idle[rng.integers(0, len(IDLE), everywhere)],
             PERSON=rng.integers(0, c.num_people, everywhere),
         )
-        wording = 2 * told.kind + rng.integers(0, 2, (b, e))
-        events = self._fill(self._deeds[wording], PERSON=told.person, PLACE=told.place, THING=told.thing)
+        wording = 2 * stories.kind + rng.integers(0, 2, (b, e))
+        events = self._fill(
+            self._deeds[wording], PERSON=stories.person, PLACE=stories.place, THING=stories.thing
+        )
         when = place_blocks(rng, b, e, 1, everywhere[1])
         sentences[rearrange(np.arange(b), "b -> b 1"), when] = events
 
@@ -159,7 +164,7 @@ class Qa(GeneratedTask):
         write_blocks(stream, rearrange(starts, "b s m -> b (s m)"), sentences)
 
     def solve(self, row: list[int]) -> list[int]:
-        """Reads sentence by sentence, follows every person and thing, and answers at the mark."""
+        """Track every person and thing sentence by sentence, and answer at the question mark."""
         where: dict[str, str] = {}
         carries: dict[str, set[str]] = {}
         route: dict[str, list[str]] = {}
@@ -189,7 +194,7 @@ class Qa(GeneratedTask):
         return predictions
 
     def _answer(self, question: list[str], where: dict[str, str], route: dict[str, list[str]]) -> str:
-        """The place asked for, or the pad's name where the story does not say."""
+        """The place asked for, or the name of the padding token if the story does not state it."""
         unknown = self.name_of(0)
         about = next(word for word in question if word in PEOPLE + THINGS)
         if about in PEOPLE:

@@ -1,4 +1,7 @@
-"""Associative recall across segments: pairs early, questions in the last segment."""
+"""Associative recall across segments: key-value pairs first, queries in the last segment.
+
+Axes: b batch, t tokens of the stream, n tokens of a segment, s segments with pairs, p pairs.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from memlib.tasks.vocabulary import Vocabulary, numbered
 class Recall(GeneratedTask):
     """`. k3 v7 . k1 v2 | . . . . | . ? k1 v2 ? k3 v7`: pairs, noise, then queries in random order.
 
-    The pairs stand in the first segment, or spread evenly over as many first segments as they need.
-    Each rewrite shows one of the keys again with a different value, in a segment between the pairs
-    and the queries; the last value counts. Scored are the positions of the queries' keys.
+    The pairs are in the first segment, or spread evenly over as many segments as they need. Each rewrite
+    shows one of the keys again with a different value, in a segment between the pairs and the queries; the
+    last value counts. The scored positions are the keys of the queries.
 
-    Keys are distinct within an example. Values are independent and uniform, so that earlier answers
-    say nothing about later ones: chance is exactly 1 / num_values.
+    Keys are distinct within an example. Values are independent and uniform, so earlier answers carry no
+    information about later ones, and chance is exactly 1 / num_values.
 
     Raises ValueError if pairs, rewrites or queries do not fit.
     Source: MQAR (Zoology, arXiv 2312.04927), cut into segments; rewrites as in ARMT
@@ -82,7 +85,7 @@ class Recall(GeneratedTask):
             change = rng.integers(1, c.num_values, again.shape)
             new = value.start + (old - value.start + change) % c.num_values
             np.put_along_axis(values, again, new, 1)
-            # Blocks that are disjoint in one segment stay so when each moves to another segment.
+            # Blocks that do not overlap in one segment still do not when each moves to another segment.
             segment = rng.integers(self.pair_segments, segments - 1, again.shape)
             starts = segment * n + place_blocks(rng, b, c.rewrites, 2, n)
             write_blocks(stream, starts, np.stack((np.take_along_axis(keys, again, 1), new), -1))
@@ -97,7 +100,7 @@ class Recall(GeneratedTask):
         return stream, scored
 
     def _pair_starts(self, rng: np.random.Generator, batch_size: int) -> np.ndarray:
-        """[b num_pairs]: where the pairs begin, spread evenly over the first segments."""
+        """Start positions of the pairs, spread evenly over the first segments: [b p]."""
         n, s = self.segment_length, self.pair_segments
         each = -(-self.config.num_pairs // s)
         starts = rearrange(
@@ -106,7 +109,7 @@ class Recall(GeneratedTask):
         return rearrange(starts, "b s p -> b (s p)")[:, : self.config.num_pairs]
 
     def solve(self, row: list[int]) -> list[int]:
-        """At every key, the value that last stood behind it."""
+        """At every key, predict the value that last followed it."""
         latest: dict[int, int] = {}
         predictions, previous = [], 0
         for token in row:

@@ -1,4 +1,4 @@
-"""How answers at the scored positions are judged: the loss and the hits."""
+"""Loss and number of correct predictions at the scored positions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 def scored_cross_entropy(logits: Tensor, targets: Tensor, scored: Tensor) -> Tensor:
-    """Sum of -log p(target) over the scored positions (a sum, so that pieces of a batch add up).
+    """Sum of -log p(target) over the scored positions; a sum, so that parts of a batch can be added.
 
     logits: [b t v], targets, scored: [b t] -> scalar.
     """
@@ -15,5 +15,5 @@ def scored_cross_entropy(logits: Tensor, targets: Tensor, scored: Tensor) -> Ten
 
 
 def correct(logits: Tensor, targets: Tensor, scored: Tensor) -> int:
-    """How many scored positions have their target as the most likely token."""
+    """Number of scored positions at which the target is the most likely token."""
     return int((logits[scored].argmax(-1) == targets[scored]).sum())

@@ -1,4 +1,7 @@
-"""Real text, byte by byte, as parallel streams whose rows go on from batch to batch."""
+"""Real text as bytes, in parallel streams: each row continues from batch to batch.
+
+Axes: b batch (streams), t tokens of a batch.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,17 @@ LONGEST_MATCH = 8
 class Text(Task):
     """Next-byte prediction on documents that each end with byte 0; every position is scored.
 
-    Row r of b reads a contiguous stretch of its own, 1/b of the text: batch i + 1 goes on where
-    batch i ended, so memory is carried over (`continues`) until `starts` says that the row begins
-    anew. Seed and epoch turn the text like a ring, so that the stretches differ; the seam is the
-    end of a document. The last 10 % of the bytes are the test split.
+    Each of the b rows reads its own contiguous part, 1/b of the text. Batch i + 1 continues where batch i
+    ended, so memory is carried over (`continues`) until `starts` marks the beginning of a new pass. Seed
+    and epoch rotate the text, so that the parts differ. The last 10 % of the bytes are the test split.
 
-    chance: accuracy on the test split of always saying the training split's commonest byte.
+    chance: accuracy on the test split of always predicting the training split's most frequent byte.
 
-    Stretches are cut by batch_size, segments and segment_length: where one of them changes in
-    mid-run, all memory must be reset, as the rows then stand elsewhere.
+    The parts depend on batch_size, segments and segment_length. If one of these changes during a run, all
+    memory must be reset, because rows then continue elsewhere in the text.
 
-    Raises ValueError for a text that cannot be read or is too short, and for segments_min, which
-    would break the rows' continuity.
+    Raises ValueError for a text that cannot be read or is too short, and if segments_min is set: rows of
+    varying length would not be contiguous.
     """
 
     continues = True
@@ -42,7 +44,7 @@ class Text(Task):
     ) -> None:
         if segments_min is not None:
             raise ValueError(
-                f"segments_min = {segments_min}: text rows go on from batch to batch and need one "
+                f"segments_min = {segments_min}: text rows continue from batch to batch and need one "
                 "length; set segments_min to null"
             )
         super().__init__(segment_length, segments)
@@ -55,19 +57,20 @@ class Text(Task):
         self.chance = float((self.text["test"] == commonest).mean())
 
     def batches_per_epoch(self, batch_size: int, split: str = "train") -> int:
-        """Batches until each row has read its stretch; ValueError if the stretch is too short."""
+        """Batches in one pass over the text; raises ValueError if the text is too short for one batch."""
         check_split(split)
         total, t = len(self.text[split]), self.segments * self.segment_length
         batches = (total // batch_size - 1) // t
         if batches < 1:
             raise ValueError(
                 f"{self.config.dataset}: {total} bytes of {split} text are too few for "
-                f"{batch_size} rows of {t} + 1 bytes; lower one of them or give more text"
+                f"{batch_size} rows of {t} + 1 bytes; lower task.segments, model.segment_length or "
+                "training.batch_size, or use more text"
             )
         return batches
 
     def test_rows(self, at_most: int) -> int:
-        """How many parallel rows the test split can fill; ValueError if not even one."""
+        """Number of parallel rows that the test split can fill; raises ValueError if it cannot fill one."""
         rows = min(at_most, len(self.text["test"]) // (self.segments * self.segment_length + 1))
         self.batches_per_epoch(max(rows, 1), "test")
         return rows
@@ -76,16 +79,16 @@ class Text(Task):
         """Batch number `step`: the next segments * segment_length bytes of each row."""
         epoch, i = divmod(step, self.batches_per_epoch(batch_size, split))
         text, t = self.text[split], self.segments * self.segment_length
-        turned = generator(seed, split, epoch).integers(len(text))
-        first = turned + np.arange(batch_size) * (len(text) // batch_size) + i * t
+        offset = generator(seed, split, epoch).integers(len(text))
+        first = offset + np.arange(batch_size) * (len(text) // batch_size) + i * t
         stream = text[(rearrange(first, "b -> b 1") + np.arange(t + 1)) % len(text)]
         scored = np.ones((batch_size, t), dtype=bool)
         return Batch.of(stream, scored, np.full(batch_size, i == 0))
 
     def solve(self, row: list[int]) -> list[int]:
-        """What followed the latest earlier place that ends in the same 8, 7, … or 1 bytes.
+        """Copy the byte that followed the most recent match of the last 8, 7, … or 1 bytes.
 
-        Text has no oracle: this copying reader is a reference, not an upper bound.
+        Text has no oracle: this predictor is a reference, not an upper bound.
         """
         followed: dict[tuple[int, ...], int] = {}
         predictions = []
@@ -100,5 +103,5 @@ class Text(Task):
 
 
 def byte_name(byte: int) -> str:
-    """A byte as a person reads it: ¶ for the end of a document, else ASCII, escaped if needed."""
+    """The readable name of a byte: ¶ for the end of a document, else ASCII, escaped if needed."""
     return "¶" if byte == SEPARATOR else chr(byte).encode("unicode_escape").decode()

@@ -1,4 +1,4 @@
-"""Token ids, handed out family by family."""
+"""Token ids, assigned family by family."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Vocabulary:
             sizes = ", ".join(f"{family} {len(names)}" for family, names in families.items())
             raise ValueError(
                 f"vocabulary of {len(self.names)} tokens ({sizes}): at most {LIMIT}; "
-                "ask for fewer of the largest family"
+                "lower the size of the largest family"
             )
 
     @property

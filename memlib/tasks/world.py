@@ -1,10 +1,10 @@
-"""A small world for stories: people move and carry things; a batch of stories is simulated at once.
+"""Simulation of stories in which people move and carry things, for a batch of stories at once.
 
-Every story is built around a hero and, where objects are asked for, a thing of the hero's. A short
-script of the hero's deeds, at random points of the story, makes the question answerable; all other
-events are random. A thing has one owner, is taken once and put down at most once: so no story
-contradicts itself, although nobody says where things lay at first. No place is special, so an
-answer is uniform over the places.
+Each story has a hero. If the question is about a thing, the hero owns that thing. A short script of the
+hero's actions, at random points of the story, makes the question answerable; all other events are random.
+A thing has one owner, is taken once and put down at most once. Hence no story contradicts itself, although
+the first position of a thing is never stated. All places are treated alike, so the answer is uniform over
+places.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class Stories:
-    """b stories of e events each, and what is asked at the end.
+    """b stories of e events each, with the question's subject and answer.
 
-    kind, person, place, thing: [b e], the event's deed, who, where to, what (as the kind needs)
-    hero, treasure: [b], whom and what the question is about
-    here:   [b], where the hero (1 fact) or the treasure (2 and 3 facts) is in the end
-    before: [b], where the treasure was carried from to get there (3 facts)
+    kind, person, place, thing: [b e], action of the event, acting person, destination, thing
+    hero, treasure: [b], person and thing of the question
+    here:   [b], final place of the hero (1 fact) or the treasure (2 and 3 facts)
+    before: [b], the place from which the treasure was carried there (3 facts)
     """
 
     kind: np.ndarray
@@ -47,7 +47,7 @@ class Stories:
 def tell_stories(
     rng: np.random.Generator, b: int, e: int, facts: int, people: int, places: int, things: int
 ) -> Stories:
-    """Simulate b stories of e >= facts events; `facts` (1 … 3) is what the question needs."""
+    """Simulate b stories of e >= facts events; facts: number of facts the question needs, 1 … 3."""
     rows = np.arange(b)
     script = rng.choice(np.array(SCRIPTS[facts]), b)
     scripted = np.zeros((b, e), dtype=bool)
@@ -57,7 +57,7 @@ def tell_stories(
     owner = rng.integers(0, people, (b, things))
     owner[rows, treasure] = hero
     at = rng.integers(0, places, (b, people))
-    told = np.zeros((b, people), dtype=bool)
+    known = np.zeros((b, people), dtype=bool)
     taken, dropped = np.zeros((2, b, things), dtype=bool)
     here, before = np.full((2, b), UNKNOWN)
     done = np.zeros(b, dtype=int)
@@ -67,7 +67,7 @@ def tell_stories(
         now = scripted[:, i]
         deed = script[rows, np.minimum(done, facts - 1)]
         thing = np.where(now, treasure, rng.integers(0, things, b))
-        # The hero's own thing waits for the script, or it might be put down before it travels.
+        # Only the script handles the treasure until it is done: else it might be put down too early.
         free = (thing != treasure) | (done == facts) | (facts == 1)
         handled = rng.random(b) < 0.5
         can_take = free & handled & ~taken[rows, thing]
@@ -79,11 +79,11 @@ def tell_stories(
         moves = kind == MOVE
         target = (at[rows, person] + rng.integers(1, places, b)) % places
         at[rows, person] = np.where(moves, target, at[rows, person])
-        told[rows, person] |= moves
+        known[rows, person] |= moves
         taken[rows, thing] |= kind == TAKE
         dropped[rows, thing] |= kind == DROP
 
-        carried = taken[rows, treasure] & ~dropped[rows, treasure] & told[rows, hero]
+        carried = taken[rows, treasure] & ~dropped[rows, treasure] & known[rows, hero]
         arrived = carried & (here != at[rows, hero])
         before = np.where(arrived, here, before)
         here = np.where(arrived, at[rows, hero], here)

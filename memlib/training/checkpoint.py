@@ -1,8 +1,8 @@
-"""Checkpoints: safetensors and JSON, written whole or not at all, resumed exactly.
+"""Checkpoints: safetensors and JSON, written atomically, resumed exactly.
 
-A checkpoint is a folder `step-000500` with model, optimizer and memory-state tensors and one JSON file.
-It is written beside its place under another name, flushed to disk and then renamed: a kill at any
-moment leaves either the whole new checkpoint or none, and never touches the one before.
+A checkpoint is a folder `step-0000500` with tensors of model, optimizer and memory state, and one JSON file.
+It is written under a temporary name, flushed to disk and then renamed. A kill at any moment leaves either
+the complete new checkpoint or none, and never damages an earlier one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from memlib.memory.chapters.quantization import pack_memory_banks
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read or written; the message names the file and the remedy."""
+    """A checkpoint cannot be read; the message names the file and the remedy."""
 
 
 def save_checkpoint(
@@ -71,10 +71,10 @@ def load_checkpoint(
     optimizer: Optimizer | None = None,
     restore_random: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
-    """Read a checkpoint into what is given; returns its progress and its memory tensors, if any.
+    """Load a checkpoint into the given model and optimizer; returns its progress and memory tensors, if any.
 
-    Raises CheckpointError for a folder that is not a whole checkpoint, a damaged file, or tensors of
-    another shape; the model is then as it was, or should be built anew.
+    Raises CheckpointError for an incomplete folder, a damaged file, or tensors of another shape. The model
+    may then be partly loaded: build a new one.
     """
     folder = Path(path)
     try:
@@ -90,7 +90,7 @@ def load_checkpoint(
         return document["progress"], load_file(memory) if memory.exists() else None
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{folder}: not a whole checkpoint ({Path(error.filename or '').name} is missing); "
+            f"{folder}: incomplete checkpoint ({Path(error.filename or '').name} is missing); "
             "use latest_checkpoint(run folder)"
         ) from None
     except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -101,7 +101,7 @@ def load_checkpoint(
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
-    """Read a model's tensors; where the file holds packed banks, the model's are packed first."""
+    """Load a model's tensors; if the file holds packed banks, the model's banks are packed first."""
     with safe_open(file, "pt") as stored:
         if any(name.endswith(".quantized") for name in stored.keys()):  # noqa: SIM118, not a mapping
             pack_memory_banks(model)
@@ -109,19 +109,19 @@ def load_weights(model: nn.Module, file: Path) -> None:
 
 
 def latest_checkpoint(run: str | os.PathLike[str]) -> Path | None:
-    """The newest whole checkpoint of a run; unfinished ones have another name and are not seen."""
+    """The newest complete checkpoint of a run; incomplete ones have a temporary name and are ignored."""
     return max(Path(run, "checkpoints").glob("step-*"), default=None)
 
 
 def prune_checkpoints(run: str | os.PathLike[str], keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what killed saves left behind."""
+    """Delete all but the newest `keep` checkpoints, and remains of interrupted saves."""
     folder = Path(run, "checkpoints")
     for old in (*sorted(folder.glob("step-*"))[:-keep], *folder.glob(".step-*.part")):
         shutil.rmtree(old)
 
 
 def flush(path: Path) -> None:
-    """Ask the system to put a file or a folder on the disk now."""
+    """Flush a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -158,7 +158,7 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], groups: 
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of every random generator a run may draw from, as tensors and JSON."""
+    """The state of every random generator that a run uses, as tensors and JSON."""
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}

@@ -1,4 +1,4 @@
-"""The log of a run: one JSON object a line, and the same numbers for TensorBoard."""
+"""The log of a run: one JSON object per line, and the same values for TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from memlib.files import write_text
 
 
 class RunLog:
-    """Appends records to `log.jsonl` and `tensorboard/` in a run's folder.
+    """Append records to `log.jsonl` and `tensorboard/` in a run's folder.
 
-    Opened at `step`, records of later steps are dropped first: a run that was killed after its last
-    checkpoint repeats those steps, and each must stand in the log once.
+    Opening at `step` first drops records of later steps: a run killed after its last checkpoint repeats
+    those steps, and each step must appear once.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -46,7 +46,7 @@ class RunLog:
 
 
 def read_log(folder: str | Path) -> list[dict[str, float]]:
-    """The records of a run's log; a line cut short by a kill is left out."""
+    """The records of a run's log; an incomplete last line is ignored."""
     records = []
     for line in Path(folder, "log.jsonl").read_text(encoding="utf-8").splitlines():
         try:

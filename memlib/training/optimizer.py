@@ -1,4 +1,4 @@
-"""Parameter groups with their own rates, and the schedules that scale them (spec D10, D15)."""
+"""Parameter groups with separate learning rates, and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from memlib.models.fusion import ResidualFusion
 
 
 def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
-    """gates | memory | base, each split into what weight decay touches (matrices) and what it does not.
+    """Groups gates, memory and base, each split into parameters with weight decay (matrices) and without.
 
     Every parameter is in exactly one group. Gates get `gate_lr` and no weight decay: at the weights'
     rate, and pulled to zero, they stay where they started.

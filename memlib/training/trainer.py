@@ -1,9 +1,9 @@
-"""The training loop, to be read.
+"""The training loop.
 
-Each optimizer step draws its batches from the task by number, walks them in pieces of `horizon`
-segments (truncated backpropagation: gradients flow through memory inside a piece, only values flow on
-to the next), clips, and steps. Everything that decides what comes next (weights, optimizer, schedule,
-random generators, memory state; the data position is the step) is in the checkpoint, so a resumed run
+Each optimizer step takes its batches from the task by number and processes them in parts of `horizon`
+segments (truncated backpropagation: gradients flow through the memory inside a part, only values pass to
+the next part). Then it clips gradients and updates the weights. A checkpoint holds weights, optimizer,
+schedule, random generators and memory state; the data position is the step number. So a resumed run
 repeats an uninterrupted one bit for bit.
 """
 
@@ -47,18 +47,18 @@ from memlib.training.optimizer import make_optimizer, make_schedule
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or a gradient stopped being a number; the message says where and what to try."""
+    """The loss or a gradient is not finite; the message names the step, the parameters and remedies."""
 
 
 class Trainer:
-    """Trains the model of a configuration; with a folder it also logs, saves and resumes.
+    """Train the model of a configuration; with a folder, also log, save and resume.
 
     >>> trainer = Trainer(load_config("recall_internal"))
     >>> trainer.train()
     >>> trainer.evaluate().accuracy
 
-    Raises ConfigError where the task does not fit the model, FileExistsError where the folder holds
-    another run.
+    Raises ConfigError if the task does not fit the model, and FileExistsError if the folder already holds a
+    run and resume is false.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Trainer:
     ) -> dict[str, float]:
         """Train up to step `until` (default: the configured end); returns the last log record.
 
-        `on_step(step, record)` hears of each step when it is done; where it returns false, training ends.
+        `on_step(step, record)` is called after each step; if it returns false, training ends.
         """
         training, record = self.config.training, {}
         end = training.max_steps if until is None else min(until, training.max_steps)
@@ -128,7 +128,7 @@ class Trainer:
         self.model.train()
         task = self.task_at(self.step)
         if self.step and task is not self.task_at(self.step - 1):
-            self.carried = None  # the rows of a text stand elsewhere now
+            self.carried = None  # the rows of a text now continue elsewhere
         count = training.gradient_accumulation_steps
         batches = [
             task.batch(training.batch_size, self.step * count + i, training.seed).to(self.device)
@@ -151,8 +151,11 @@ class Trainer:
         return record | ({"router_loss": routing} if routing else {})
 
     def backward(self, batch: Batch, task: Task, positions: int) -> tuple[float, int, float]:
-        """Gradients of one batch, piece by piece; returns its share of the loss, hits, and its share of
-        the routers' losses, which are added for the gradient and reported apart."""
+        """Accumulate the gradients of one batch, part by part.
+
+        Returns its share of the loss, the number of correct predictions, and its share of the routers'
+        losses, which are added for the gradient and reported separately.
+        """
         state = None
         if task.continues and self.carried is not None:
             state = self.model.reset(self.carried, batch.starts)
@@ -179,24 +182,23 @@ class Trainer:
         return loss, right, routing
 
     def make_task(self, config: TaskConfig) -> Task:
-        """The task of a configuration; ConfigError where it has more tokens than the model, ValueError
-        where its data are too few."""
+        """Build a task; raises ConfigError if its vocabulary is too large, ValueError for too few data."""
         task = make_task(config, self.config.model.segment_length)
         if task.vocab_size > self.config.model.vocab_size:
             raise ConfigError(
                 f"model.vocab_size = {self.config.model.vocab_size}: task {config.name} has "
                 f"{task.vocab_size} tokens; raise it to that"
             )
-        task.batch(self.config.training.batch_size, 0)  # too little text is said now, not after hours
+        task.batch(self.config.training.batch_size, 0)  # fail now, not after hours, if the text is too short
         task.test_rows(1)
         return task
 
     def task_with(self, **changes: Any) -> Task:
-        """The run's task with other options and one length, e.g. `task_with(segments=32)`."""
+        """The run's task with changed options and a fixed length, e.g. `task_with(segments=32)`."""
         return self.make_task(override(self.config.task, {"segments_min": None, **changes}))
 
     def task_at(self, step: int) -> Task:
-        """The task as the curriculum has it at a step."""
+        """The task at a step of the curriculum."""
         begun = [task for first, task in self.stages if first <= step]
         return begun[-1] if begun else self.task
 
@@ -205,14 +207,14 @@ class Trainer:
         return limit is not None and self.cpu_seconds >= limit
 
     def evaluate(self, examples: int | None = None, memory: bool = True, **task_changes: Any) -> Score:
-        """Score the model on the test split, e.g. `evaluate(segments=32)`; memory=False is the ablation."""
+        """Score the model on the test split, e.g. `evaluate(segments=32)`; memory=False ablates memory."""
         config = override(self.config.task, {"segments_min": None, **task_changes})
         same = config == self.config.task  # reading a text again would take seconds
         task = self.task if same else make_task(config, self.config.model.segment_length)
         return evaluate(self.model, task, examples or self.config.training.eval_examples, memory=memory)
 
     def diagnose(self, loss: float, norm: float) -> str:
-        """Why training cannot go on, in words."""
+        """The message of `TrainingDiverged`."""
 
         def bad(tensor: Tensor | None) -> bool:
             return tensor is not None and not bool(torch.isfinite(tensor).all())
@@ -220,14 +222,14 @@ class Trainer:
         named = list(self.model.named_parameters())
         weights = [name for name, p in named if bad(p)]
         gradients = [name for name, p in named if bad(p.grad)]
-        first = f"weights already bad: {weights[0]}" if weights else "all weights are finite"
+        first = f"weights not finite: {weights[0]}" if weights else "all weights are finite"
         if gradients:
-            first += f"; {len(gradients)} of {len(named)} gradients are not, first {gradients[0]}"
+            first += f"; {len(gradients)} of {len(named)} gradients are not finite, first {gradients[0]}"
         rates = ", ".join(f"{g['name']} {g['lr']:.1e}" for g in self.optimizer.param_groups)
         saved = latest_checkpoint(self.folder) if self.folder else None
         return (
             f"step {self.step}: loss {loss}, gradient norm {norm}; {first}. Rates: {rates}. "
-            f"Last good checkpoint: {saved or 'none'}. "
+            f"Last checkpoint: {saved or 'none'}. "
             "Try a smaller learning rate, a longer warm-up, or training.max_grad_norm below "
             f"{self.config.training.max_grad_norm}"
         )
@@ -246,9 +248,9 @@ class Trainer:
         save_config(self.config, folder / "config.yaml")
 
     def save(self) -> Path:
-        """Write a checkpoint of this very moment and drop the oldest ones."""
+        """Write a checkpoint of the current step and delete the oldest ones."""
         if self.folder is None:
-            raise ValueError("this trainer has no folder: Trainer(config, folder=…) saves")
+            raise ValueError("this trainer has no folder to save in: use Trainer(config, folder=…)")
         progress = {
             "step": self.step,
             "cpu_seconds": self.cpu_seconds,
@@ -262,12 +264,12 @@ class Trainer:
         return path
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Go on from a checkpoint; only training options may differ from when it was saved.
+        """Continue from a checkpoint; only training options may differ from the saved ones.
 
-        Where they move the rows of a text, its memory begins anew.
+        If they change the position of a text's rows, the memory starts from an empty state.
         """
         progress, memory = load_checkpoint(path)
-        # Options that a later version has added stand at their defaults.
+        # Options that a later version has added keep their defaults.
         saved, mine = to_dict(from_dict(Config, progress["config"])), to_dict(self.config)
         for group in ("model", "memory", "task"):
             if saved[group] != mine[group]:
@@ -285,15 +287,17 @@ class Trainer:
             self.optimizer.param_groups, rates, decays, self.schedule.lr_lambdas, strict=True
         ):
             options.update(initial_lr=rate, lr=rate * factor(self.step), weight_decay=decay)
-        placing = ("seed", "batch_size", "gradient_accumulation_steps")
+        data_position = ("seed", "batch_size", "gradient_accumulation_steps")
         self.carried = None
-        if memory is not None and all(saved["training"][name] == mine["training"][name] for name in placing):
+        if memory is not None and all(
+            saved["training"][name] == mine["training"][name] for name in data_position
+        ):
             template = self.model.init_state(self.config.training.batch_size)
             self.carried = template.load(memory).to(self.device)
 
 
 def load_run(folder: str | os.PathLike[str]) -> Trainer:
-    """A trained run, opened from its folder at its newest checkpoint.
+    """Open a trained run from its folder at its newest checkpoint.
 
     Raises CheckpointError if the folder holds no checkpoint.
     """
@@ -302,7 +306,7 @@ def load_run(folder: str | os.PathLike[str]) -> Trainer:
 
 
 def load_model(folder: str | os.PathLike[str]) -> MemoryTransformer:
-    """A trained run's model at its newest checkpoint, ready to use: its data need not be there.
+    """Load a trained run's model at its newest checkpoint, in eval mode; the run's data are not needed.
 
     Raises CheckpointError if the folder holds no checkpoint.
     """

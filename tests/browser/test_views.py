@@ -175,7 +175,7 @@ def test_inspector_says_what_the_ablation_found(open_sheet, address, views):
     arrays = views["inspector"].arrays
     figure.press(*["ArrowUp"] * 12, *["ArrowDown"] * 5)
     assert figure.item == 5
-    for name, choice in (("together", "all slots its writer filled"), ("alone", "this slot")):
+    for name, choice in (("together", "all slots of its writer"), ("alone", "this slot")):
         figure.locator.locator('select[data-choice="without"]').select_option(choice)
         for q, (token, answer) in enumerate(((50, 3), (60, 5))):
             figure.locator.locator('select[data-choice="question"]').select_option(index=q)
@@ -194,19 +194,17 @@ def test_levels_say_what_a_token_sees(open_sheet, address, hierarchy):
         said.append(figure.readout)
         figure.press("ArrowDown")
     for level in range(4):
-        assert f"{seen.level[last, level]:.4f} of its reading" in said[level]
+        assert f"{seen.level[last, level]:.4f} of its read" in said[level]
     best = int(seen.block[last].argmax())
     first, end = seen.bounds[best]
-    assert (
-        f"8 blocks are complete, most looked at: tokens {first}–{end} {seen.block[last, best]:.4f}" in said[1]
-    )
-    assert f"nothing {seen.nothing[last]:.4f}" in said[1] and "the mean of 48 tokens" in said[2]
+    assert f"8 blocks are complete, most weight: tokens {first}–{end} {seen.block[last, best]:.4f}" in said[1]
+    assert f"empty block {seen.nothing[last]:.4f}" in said[1] and "the mean of 48 tokens" in said[2]
     for bank in range(3):
         share = seen.level[last, 3] * seen.read[last, bank]
         left = seen.left[3, :, bank]
-        assert f"½ in {seen.half_lives[bank]:.1f} segments: {share:.4f} of its reading" in said[4 + bank]
+        assert f"½ in {seen.half_lives[bank]:.1f} segments: {share:.4f} of its read" in said[4 + bank]
         assert f"it writes {seen.written[last, bank]:.4f}" in said[4 + bank]
-        assert f"most is left of token {left.argmax()} “" in said[4 + bank]
+        assert f"most remains of token {left.argmax()} “" in said[4 + bank]
         assert said[4 + bank].endswith(f": {left.max():.4f}")
 
 
@@ -260,7 +258,7 @@ def test_hits_say_what_came_back(open_sheet, address, views):
     assert figure.time == arrays["source"][1, 0, t, 1], "g goes to the hit itself"
     quiet = int(np.flatnonzero(arrays["search"][1] == 0)[0])
     figure.press("Home", *["ArrowRight"] * quiet)
-    assert "not searched for" in figure.readout
+    assert "search skipped" in figure.readout
 
 
 def test_click_moves_the_cursor(open_sheet, address):

@@ -42,7 +42,7 @@ def test_the_gate_is_put_back_after_an_error_too(trainer):
     with pytest.raises(ZeroDivisionError), read_alone(memory, 1):
         raise ZeroDivisionError
     assert torch.equal(memory.banks.read_gate.bias, before)
-    with pytest.raises(IndexError, match="bank 4: there are banks 0 to 3"), read_alone(memory, 4):
+    with pytest.raises(IndexError, match="bank 4: choose one of 0 to 3"), read_alone(memory, 4):
         pass
 
 

@@ -1,4 +1,4 @@
-"""The stored studies are of configurations that exist, and hold what the documents say of them."""
+"""The stored studies are of configurations that exist, and support what docs/diary.md and README.md state."""
 
 import json
 from pathlib import Path
@@ -93,7 +93,7 @@ def test_one_bank_must_choose_between_age_and_a_stream():
 
 
 def test_four_banks_are_no_better_than_one_in_the_middle():
-    """What we expected of them and did not find; should this fail, the documents have to be told."""
+    """An expected effect that was not found; if this fails, docs/diary.md and README.md must change."""
     for segments in (16, 32, 64):
         four, middle = of_banks("banks_4x128", segments), of_banks("banks_1x512_half_16", segments)
         assert all(a < b + 0.05 for a, b in zip(four, middle, strict=True))
@@ -121,7 +121,7 @@ def test_chapters_specialise_on_topics():
 
 
 def test_a_feed_forward_of_equal_size_is_better_here():
-    """Said in the documents; should it ever turn round, they must change."""
+    """Stated in docs/diary.md and README.md; if this fails, they must change."""
     assert min(scores("topics", "topics_baseline", 3)) > max(scores("topics", "topics_routed", 3))
 
 

@@ -268,7 +268,7 @@ def test_the_model_is_left_as_it_was():
         ({"temperature": float("nan")}, "temperature = nan"),
         ({"temperature": 1.0, "top_k": 0}, "top_k = 0: must be at least 1"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p = 0.0: must be above 0 and at most 1"),
-        ({"top_k": 3}, "set temperature above 0 too"),
+        ({"top_k": 3}, "set temperature above 0"),
         ({"generator": [seeded(0)]}, "1 generators for 2 prompts"),
     ],
 )
@@ -287,7 +287,7 @@ def test_prompts_and_states_that_do_not_fit_are_refused():
         generate(model, ids, torch.ones(2, 4))
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
         generate(model, ids, torch.tensor([[1] * 5, [0] * 5]))
-    with pytest.raises(ValueError, match="memory_state holds 3 rows, the prompts are 2"):
+    with pytest.raises(ValueError, match="memory_state holds 3 rows, but there are 2 prompts"):
         generate(model, ids, memory_state=state)
     with pytest.raises(ValueError, match=r"memory_state\[0\] holds 3 rows: in a list"):
         generate(model, ids, memory_state=[state, state])

@@ -38,7 +38,7 @@ def test_a_task_speaks_in_its_words(name):
     spoken = " ".join(task.vocabulary.names[token] for token in row)
     assert decode(tokenizer, row) == spoken
     assert decode(tokenizer, tokenizer.encode(spoken)) == spoken
-    with pytest.raises(ValueError, match="'hello' is no word of this vocabulary: it has _ "):
+    with pytest.raises(ValueError, match="'hello' is not in this vocabulary: it has _ "):
         tokenizer.encode("hello")
 
 

@@ -35,7 +35,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_survived(monkeypatch, tmp_p
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MEMLIB_HOME", str(tmp_path / "file"))
     assert Lesson("07", 1).predict("How good?", 0.5).expected == 0.5
-    assert "kept in this notebook only" in capsys.readouterr().out
+    assert "stored in this notebook only" in capsys.readouterr().out
 
 
 def test_verdict(lesson, capsys):

@@ -125,7 +125,7 @@ def test_the_ladder_shows_only_the_past(recorded):
 
 def test_the_view_tells_half_lives_and_shares(recorded):
     view, seen = levels_over_time(recorded[0]), levels_of(recorded[0])
-    assert f"3 banks that fall to half in {seen.half_lives[0]:.1f}, " in view.summary
+    assert f"3 banks with half-lives of {seen.half_lives[0]:.1f}, " in view.summary
     assert view.times == len(seen.level) and view.items == 4 + BANKS
     assert drive(view) == 3 + 3 * 3
 
@@ -151,5 +151,5 @@ def test_a_recording_from_inside_a_segment_is_refused(model):
         state = model(torch.randint(0, 64, (1, 5))).memory_state
         with record(model) as trace:
             model(torch.randint(0, 64, (1, N - 4)), memory_state=state)
-    with pytest.raises(TraceError, match="record from a border on"):
+    with pytest.raises(TraceError, match="start recording at a segment's border"):
         levels_of(trace)

@@ -136,7 +136,7 @@ def test_a_token_that_was_not_searched_for_has_no_hits(ids):
         model(ids)
     view = hits_view(trace)
     assert (view.arrays["source"] == -1).all() and not view.arrays["search"].any()
-    assert view.picture(40).alt == view.summary == "What external memory gave back to 64 tokens, in 4 heads."
+    assert view.picture(40).alt == view.summary == "Hits of external memory for 64 tokens, in 4 heads."
 
 
 def test_read_weights_sum_to_one(trace):

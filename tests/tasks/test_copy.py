@@ -37,5 +37,5 @@ def test_selective_copy_scatters_over_all_segments_but_the_last():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="num_items = 12: at most 11 fit beside their mark"):
+    with pytest.raises(ValueError, match="num_items = 12: at most 11 fit after their mark"):
         Copy(CopyConfig(num_items=12), 12, 3)

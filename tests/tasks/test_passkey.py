@@ -46,7 +46,7 @@ def test_the_grid_has_a_task_for_each_length_and_depth():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_digits": 8}, "num_digits = 8: at most 7 fit beside their mark"),
+        ({"num_digits": 8}, "num_digits = 8: at most 7 fit after their mark"),
         ({"depth": 1.5}, "depth = 1.5: must be from 0 to 1"),
     ],
 )

@@ -149,5 +149,5 @@ def test_too_little_text_and_segments_min_are_refused(text):
         text.batch(100, 0, split="test")
     with pytest.raises(ValueError, match="split = 'valid'"):
         text.batch(1, 0, split="valid")
-    with pytest.raises(ValueError, match="segments_min = 2: text rows go on"):
+    with pytest.raises(ValueError, match="segments_min = 2: text rows continue"):
         make_task(TaskConfig(name="text", segments_min=2), 16)

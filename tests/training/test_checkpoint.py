@@ -247,7 +247,7 @@ def test_a_model_of_another_shape_is_refused(tiny, tmp_path):
 
 
 def test_nowhere_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="incomplete checkpoint"):
         load_checkpoint(tmp_path / "nowhere")
     assert latest_checkpoint(tmp_path) is None
 

@@ -303,8 +303,8 @@ def test_training_stops_where_a_weight_is_no_number_and_says_which(tiny, tmp_pat
         trainer.train(progress=False)
     message = str(error.value)
     assert "step 3: loss nan" in message
-    assert "weights already bad: blocks.1.mlp.up_proj.weight" in message
-    assert f"Last good checkpoint: {latest_checkpoint(tmp_path)}" in message
+    assert "weights not finite: blocks.1.mlp.up_proj.weight" in message
+    assert f"Last checkpoint: {latest_checkpoint(tmp_path)}" in message
     assert "smaller learning rate" in message and "max_grad_norm below 1.0" in message
     after = dict(trainer.model.named_parameters())
     assert all(torch.equal(before[n], after[n]) or "up_proj" in n for n in before)

@@ -1,17 +1,17 @@
-"""Widgets: looks into a model that a person can move in. `view.py` says what a view is.
+"""Widgets: interactive views of a recording. `view.py` defines a view.
 
-gates_over_time    gate values over tokens; `strips` shows any numbers in 0 … 1 in the same shape
-fusion_over_time   whom each token listens to: attention, the memories, and the retrieval gate
-chapters_over_time which chapters a router wants, token by token
-slots_over_time    every slot of a memory, segment by segment; `slot_view`: numbers of one's own
-levels_over_time   the levels of a hierarchy of states, and what is left in each of its banks
+gates_over_time    gate values over tokens; `strips`: any values in 0 … 1
+fusion_over_time   fusion weights of each token (attention and memories), and the retrieval gate
+chapters_over_time a router's chapter probabilities or weights, token by token
+slots_over_time    every slot of a memory, segment by segment; `slot_view`: your own measures
+levels_over_time   the levels of a hierarchy of states, and what remains in each of its banks
 inspect_slots      one slot: its writers, its readers, and the answers without it
-reading_over_text  which earlier tokens a token's reading came from; `reading`: any weights
-hits_view          for one token, what came back from past tokens: by head, with score and weight
-watch              a run as it trains; pause, step, stop
-Form               controls that build a view anew
+reading_over_text  the earlier tokens from which a token reads; `reading`: any weights
+hits_view          the past tokens that one token retrieves, by head, with score and weight
+watch              a training run, live; pause, step, stop
+Form               controls that rebuild a view
 save_page          views as one HTML file
-drive              moves every control to its ends and its middle: the test of a notebook's widgets
+drive              moves every control to its ends and its middle, to test a notebook's widgets
 """
 
 from memlib.lab.widgets.chapters import chapters_over_time

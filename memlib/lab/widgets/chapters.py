@@ -1,4 +1,4 @@
-"""Chapters over time: which chapters a router wants, token by token."""
+"""Chapters over time: a router's probabilities or weights, token by token."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def chapters_over_time(
     layer: int = 0,
     segment_length: int = 0,
 ) -> View:
-    """One strip a chapter, over the tokens of one stream.
+    """One strip per chapter, over the tokens of one stream.
 
-    point: "probability", what the router gives each chapter before it chooses; "weight", what the chosen
-    ones count, zero for the others. word: a token id as a person reads it (a task's `name_of`).
+    point: "probability", of each chapter before selection; "weight", of the selected chapters, zero for the
+    others. word: the name of a token id (a task's `name_of`).
     """
     values = trace[f"{memory}.{point}"].at(layer=layer, batch=row).values
     lines = {f"chapter {c}": values[:, c] for c in range(values.shape[1])}

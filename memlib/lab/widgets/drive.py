@@ -1,4 +1,4 @@
-"""Moving every control: a broken callback in a notebook's widgets then fails the notebook's test."""
+"""Move every control, so that a broken callback in a notebook's widgets fails the notebook's test."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from memlib.lab.widgets.view import View
 
 
 def drive(*things: View | Stage | Form | Watched) -> int:
-    """Take each control of each thing to its minimum, middle and maximum; returns how many moves.
+    """Move each control to its minimum, middle and maximum; returns the number of moves.
 
-    Whatever a callback or a face raises comes through. A view is also drawn as a picture at three times,
-    and packed for a page.
+    Exceptions of callbacks are raised. A view is also drawn at three times, and packed for a page.
     """
     moves = 0
     for thing in things:
@@ -55,7 +54,7 @@ def drive_stage(stage: Stage) -> int:
 
 
 def positions(widget: ipywidgets.ValueWidget) -> Sequence[Any]:
-    """Where to move a control."""
+    """Values to which a control is moved."""
     if isinstance(widget, ipywidgets.Dropdown):
         return [value for _, value in widget._options_full]
     if isinstance(widget, ipywidgets.Checkbox):

@@ -1,4 +1,4 @@
-"""Controls beside a view that is built anew from their values."""
+"""Controls that rebuild a view from their values."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Control = tuple[int, int] | tuple[float, float] | list[Any] | bool
 
 
 class Form:
-    """Sliders, menus and boxes, and the view of what they say.
+    """Sliders, menus and check boxes, with a view that is rebuilt from their values.
 
     >>> Form(lambda pairs, task: view_of(pairs, task), pairs=(1, 6), task=["recall", "copy"])
 
-    build takes the controls' values by name and returns a view. A control is (low, high) of whole
-    numbers or of floats, a list to choose from, or True or False; it starts at the low end, or at
-    `start[name]`.
+    build takes the controls' values by name and returns a view. A control is (low, high) of integers or
+    floats, a list of choices, or True or False. It starts at `start[name]`, else at low, the first choice or
+    the given truth value.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Form:
 
 
 def control(name: str, kind: Control, start: Any) -> ipywidgets.ValueWidget:
-    """The widget for one control. Raises TypeError for what is none."""
+    """The widget for one control; raises TypeError for an unsupported control."""
     label: dict[str, Any] = {"description": name.replace("_", " "), "style": {"description_width": "initial"}}
     if isinstance(kind, bool):
         return ipywidgets.Checkbox(value=kind if start is None else start, **label)

@@ -1,7 +1,6 @@
-"""A frame: what a view shows, as data. A few arrays, the words around them, and a summary for those who do
-not see the picture.
+"""A frame: the data of a view, namely arrays, labels, and a summary in words for screen readers.
 
-It draws itself as a picture, and packs itself for the front end of its `kind`.
+A frame is drawn as a static picture, or packed for the front end of its `kind`.
 """
 
 from __future__ import annotations
@@ -21,12 +20,11 @@ from memlib.lab.trace import Trace
 
 @dataclass(frozen=True)
 class Frame:
-    """What the front end of its `kind` draws.
+    """Data that the front end of its `kind` draws.
 
-    times and items: how far the scrubber and the arrow keys go; unit: what one time is; choices: named
-    lists to choose from, the first one at the start; words: labels the front end needs, as JSON;
-    arrays: float32 or int32. Views of one `group` move together: a time is `tokens_per_time` tokens.
-    `draw(axis, time)` is the static face.
+    times, items: numbers of positions of the cursor; unit: name of one time; choices: named lists of options,
+    the first of which is the default; words: labels as JSON; arrays: float32 or int32. Views of one `group`
+    move together: one time is `tokens_per_time` tokens. `draw(axis, time)` draws the static picture.
     """
 
     kind: str
@@ -56,10 +54,10 @@ class Frame:
             if array.dtype not in (np.float32, np.int32):
                 raise ValueError(f"{self.title}: array {name} is {array.dtype}; use float32 or int32")
             if not np.isfinite(array).all():
-                raise ValueError(f"{self.title}: array {name} holds numbers that are not finite")
+                raise ValueError(f"{self.title}: array {name} has values that are not finite")
 
     def at(self, time: int | None = None, item: int | None = None) -> Self:
-        """The same view, opened at another time or item."""
+        """The same view at another time or item."""
         moved = replace(
             self, time=self.time if time is None else time, item=self.item if item is None else item
         )
@@ -74,7 +72,7 @@ class Frame:
             )
 
     def picture(self, time: int | None = None) -> Picture:
-        """The static face at a time: a PNG with its text."""
+        """The static picture at a time: a PNG with its text."""
         shown = self.time if time is None else time
         self.check(shown)
         return picture(lambda axis: self.draw(axis, shown), self.summary, self.size)
@@ -85,9 +83,9 @@ PLAIN += ["time", "item", "follow"]
 
 
 def pack(view: Frame, precision: str = "f4") -> bytes:
-    """A frame as the front end reads it: length, JSON header, arrays.
+    """Pack a frame for the front end: length, JSON header, arrays.
 
-    precision: f4 keeps floats as they are; u2 and u1 round each array to 65,535 or 255 even steps.
+    precision: f4 keeps floats exactly; u2 and u1 round each array to 65,535 or 255 equal steps.
     """
     entries, body = [], bytearray()
     for name, array in view.arrays.items():
@@ -105,8 +103,7 @@ def pack(view: Frame, precision: str = "f4") -> bytes:
         "choices": {name: list(values) for name, values in view.choices.items()},
         "words": dict(view.words),
     }
-    # Offsets count from the file's start, so they depend on the header, which is padded to a size
-    # that does not depend on them.
+    # Offsets count from the start of the file: the header is padded to a size that does not depend on them.
     room = len(json.dumps(header | {"arrays": entries})) + 24 * len(entries) + 8
     start = 4 + room + (-(4 + room) % 8)
     for entry in entries:
@@ -116,7 +113,7 @@ def pack(view: Frame, precision: str = "f4") -> bytes:
 
 
 def rounded(values: np.ndarray, precision: str) -> tuple[np.ndarray, float, float]:
-    """values ~ low + step * q with whole q; returns q, low and step."""
+    """Approximate values by low + step * q with integer q; returns q, low and step."""
     low, high = float(values.min()), float(values.max())
     steps = 65535 if precision == "u2" else 255
     step = (high - low) / steps or 1.0
@@ -125,5 +122,5 @@ def rounded(values: np.ndarray, precision: str) -> tuple[np.ndarray, float, floa
 
 
 def stream_group(trace: Trace, row: int) -> str:
-    """One name for all views of the same stream, so that they move together."""
+    """The group name of all views of one stream, so that they move together."""
     return f"stream-{zlib.crc32(trace['tokens'].at(batch=row).values.tobytes()):08x}"

@@ -1,4 +1,4 @@
-"""Gates over time: when a memory is written, and what it forgets."""
+"""Gate values and fusion weights over the tokens of a stream."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def fusion_over_time(
     layer: int = 0,
     segment_length: int = 0,
 ) -> View:
-    """Whom each token listens to: one strip for each source of the softmax fusion, summing to 1.
+    """Fusion weights of each token: one strip per source of the softmax fusion, summing to 1.
 
-    sources: "attention" and the memories' kinds, in the configuration's order. Where a memory has a
-    retrieval gate, two strips more: sigma(g), and whether the token was searched for.
-    Raises ValueError where the number of sources is not the fusion's.
+    sources: "attention" and the memories' kinds, in the configuration's order. With a retrieval gate there
+    are two more strips: sigma(g), and whether the token triggered a search. Raises ValueError if the number
+    of sources differs from the fusion's.
     """
     weight = trace["fusion.weight"].at(layer=layer, batch=row)
     if len(sources) != weight.sizes["source"]:
-        raise ValueError(f"sources {', '.join(sources)}: the fusion weighs {weight.sizes['source']}")
+        raise ValueError(f"sources {', '.join(sources)}: the fusion has {weight.sizes['source']} sources")
     lines = {name: weight.at(source=i).values for i, name in enumerate(sources)}
-    for label, name in (("retrieval gate", "external.retrieval"), ("searched for", "external.search")):
+    for label, name in (("retrieval gate", "external.retrieval"), ("search", "external.search")):
         if name in trace:
             lines[label] = per_token(trace, name, row, layer)
-    return token_strips(trace, lines, "Whom a token listens to", word, row, segment_length, gates=True)
+    return token_strips(trace, lines, "Fusion weights over time", word, row, segment_length, gates=True)
 
 
 def gates_over_time(
@@ -41,9 +41,9 @@ def gates_over_time(
     row: int = 0,
     segment_length: int = 0,
 ) -> View:
-    """One strip a gate and layer, over the tokens of one stream.
+    """One strip per gate and layer, over the tokens of one stream.
 
-    names: recorded points in 0 … 1; word: a token id as a person reads it (a task's `name_of`).
+    names: recorded points with values in 0 … 1; word: the name of a token id (a task's `name_of`).
     """
     lines = {}
     for name in names:

@@ -1,4 +1,7 @@
-"""Retrieval hits: which past tokens came back for a token, by head, each with its score and weight."""
+"""Retrieval hits: the past tokens that a token retrieves, by head, with score and weight.
+
+Axes: l layers, h heads, n tokens, j hits.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +27,15 @@ def hits_view(
     marked: Sequence[int] = (),
     most: int = 6,
 ) -> View:
-    """What a retrieval memory gave back to one token at a time: a column for each head, best hit first.
+    """Hits of one token at a time: a column for each head, best hit first.
 
-    Of each hit its word and the word before it (it is filed under that one), where it stands, its score
-    and its weight in the head's softmax. marked: tokens that are asked for; most: hits shown of each head.
+    Each hit shows its token with the token before it (from which its key is made), its position, score and
+    weight in the head's softmax. marked: positions of queries; most: maximum hits per head.
     """
     tokens = words_of(trace, word, row)
     arrays = best_hits(trace, memory, row, most)
     layers = trace.layers[f"{memory}.source"]
-    searched = f"{memory}.search" in trace
-    if searched:
+    if f"{memory}.search" in trace:
         arrays["gate"] = trace[f"{memory}.retrieval"].at(batch=row).values.astype(np.float32)
         arrays["search"] = trace[f"{memory}.search"].at(batch=row).values.astype(np.int32)
     _, heads, _, hits = arrays["source"].shape
@@ -41,7 +43,7 @@ def hits_view(
     strongest = reduce(arrays["weight"], "l h n j -> n", "max")
     start = int(marked[0]) if len(marked) else int(strongest.argmax())
 
-    def said(layer: int, head: int, t: int, rank: int) -> str:
+    def label(layer: int, head: int, t: int, rank: int) -> str:
         u = int(arrays["source"][layer, head, t, rank])
         return f"{place_of(u, segment_length)} “{tokens[u]}”" if u >= 0 else "nothing"
 
@@ -54,7 +56,7 @@ def hits_view(
                     continue
                 ink = "black" if weight[rank, head] > 0.55 else "white"
                 numbers = f"score {score[rank, head]:.1f}, weight {weight[rank, head]:.2f}"
-                text = f"{said(0, head, time, rank)}\n{numbers}"
+                text = f"{label(0, head, time, rank)}\n{numbers}"
                 axis.text(head, rank, text, ha="center", va="center", size=8, color=ink)
         axis.set(
             xticks=range(heads), yticks=range(pictured), yticklabels=range(1, pictured + 1), ylabel="hit"
@@ -62,12 +64,12 @@ def hits_view(
         axis.set_xticklabels([f"head {head}" for head in range(heads)])
         axis.set_title(f"token {time} “{tokens[time]}”, layer {layers[0]}", size=9)
 
-    summary = f"What {memory} memory gave back to {len(tokens)} tokens, in {heads} heads."
+    summary = f"Hits of {memory} memory for {len(tokens)} tokens, in {heads} heads."
     for t in list(marked)[:4] or [start]:
         layer, head = divmod(int(arrays["weight"][:, :, t, 0].argmax()), heads)
         if arrays["source"][layer, head, t, 0] >= 0:
             summary += (
-                f" Token {t} “{tokens[t]}”: {said(layer, head, t, 0)}"
+                f" Token {t} “{tokens[t]}”: {label(layer, head, t, 0)}"
                 f" (layer {layers[layer]}, head {head}, weight {arrays['weight'][layer, head, t, 0]:.2f})."
             )
     return View(
@@ -93,5 +95,5 @@ def hits_view(
 
 
 def place_of(token: int, segment_length: int) -> str:
-    """Where a token stands, as a person reads it."""
+    """Position of a token as segment:offset, or as its index without segments."""
     return f"{token // segment_length}:{token % segment_length}" if segment_length else str(token)

@@ -1,4 +1,4 @@
-"""The live face of a view: an anywidget that hands the packed view to the front end."""
+"""The interactive form of a view: an anywidget that sends the packed view to the front end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FRONT = Path(__file__).parent / "front"
 
 
 def front_end(face: str) -> str:
-    """The front end as one text: the core, every view, and the file of one face (jupyter or page)."""
+    """The JavaScript of the front end: the core, every view, and the file for jupyter or page."""
     faces = {"core", "jupyter", "page"}
     views = sorted(path for path in FRONT.glob("*.js") if path.stem not in faces)
     parts = [FRONT / "core.js", *views, FRONT / f"{face}.js"]
@@ -23,10 +23,10 @@ def front_end(face: str) -> str:
 
 
 class Stage(anywidget.AnyWidget):
-    """A view in the browser, and the cursor a person moves in it.
+    """A view in the browser with its cursor.
 
     >>> stage = view.live()
-    >>> stage.go(time=12)                       moves it from Python
+    >>> stage.go(time=12)                       # move the cursor from Python
     >>> stage.on_move(lambda stage: print(stage.time))
     """
 
@@ -40,18 +40,17 @@ class Stage(anywidget.AnyWidget):
         self.view, self.time, self.item = view, view.time, view.item
         self.choice = {name: values[0] for name, values in view.choices.items()}
         super().__init__(frame=pack(view))
-        # Messages of one's own and not a synced trait: a running async cell answers these at once,
-        # and the throttle of traits would wait for it forever.
+        # Custom messages, not a synced trait: they are handled at once while an async cell runs, but the
+        # throttling of traits would wait for that cell to end.
         self.on_msg(lambda _widget, message, _buffers: self.hear(message))
 
     def show(self, view: Frame) -> None:
-        """Show another view in the same place."""
+        """Replace the view."""
         self.adopt(view)
         self.frame = pack(view)
 
     def push(self, view: Frame) -> None:
-        """Show a view that grows, without keeping every version: what the browser cannot draw in time
-        it drops."""
+        """Show a new version of a growing view without storing it; the browser may skip versions."""
         self.adopt(view)
         self.send({"type": "push"}, buffers=[pack(view)])
 
@@ -62,7 +61,7 @@ class Stage(anywidget.AnyWidget):
     def go(
         self, time: int | None = None, item: int | None = None, choice: Mapping[str, str] | None = None
     ) -> None:
-        """Move the cursor here and in every browser that shows it."""
+        """Move the cursor, here and in every browser that shows the view."""
         message: dict[str, Any] = {"type": "cursor", "time": self.time, "item": self.item}
         message |= {name: at for name, at in (("time", time), ("item", item)) if at is not None}
         self.hear(message | {"choice": dict(choice or {})})
@@ -78,11 +77,11 @@ class Stage(anywidget.AnyWidget):
         self.actions[name] = run
 
     def hear(self, message: Mapping[str, Any]) -> None:
-        """What the front end says. Raises IndexError or ValueError for what this view does not have."""
+        """Handle a message of the front end; raises IndexError or ValueError if it does not fit the view."""
         if message["type"] == "action":
             if message["name"] not in self.actions:
                 raise ValueError(
-                    f"no action {message['name']!r}; there is {', '.join(self.actions) or 'none'}"
+                    f"no action {message['name']!r}; available: {', '.join(self.actions) or 'none'}"
                 )
             self.actions[message["name"]]()
             return
@@ -91,7 +90,7 @@ class Stage(anywidget.AnyWidget):
         for name, value in choice.items():
             if value not in self.view.choices.get(name, ()):
                 offered = {name: list(values) for name, values in self.view.choices.items()}
-                raise ValueError(f"{self.view.title}: no choice {name} = {value!r}; there is {offered}")
+                raise ValueError(f"{self.view.title}: no choice {name} = {value!r}; available: {offered}")
         self.time, self.item, self.choice = message["time"], message["item"], choice
         for mover in self.movers:
             mover(self)

@@ -1,4 +1,4 @@
-"""The slot inspector: who wrote a slot, who reads it, and what the model answers without it."""
+"""The slot inspector: the writers and readers of a slot, and the model's answers without it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from memlib.lab.widgets.view import View
 def busiest_slots(
     trace: Trace, memory: str = "internal", row: int = 0, layer: int = 0, most: int = 48
 ) -> list[int]:
-    """The slots whose content was both written and read, most first."""
+    """The slots that were both written and read, strongest first."""
     both = write_strength(trace, memory, row, layer).max(0) * read_weight(trace, memory, row, layer).max(0)
     return [int(s) for s in np.argsort(-both, kind="stable")[:most]]
 
@@ -38,9 +38,9 @@ def inspect_slots(
     layer: int = 0,
     segment_length: int = 0,
 ) -> View:
-    """One slot at a time, among those of the ablation (see `memlib.lab.ablation.ablate`).
+    """One slot at a time, among the slots of an ablation (see `memlib.lab.ablation.ablate`).
 
-    vocabulary: how many tokens the task has; a model may have room for more, which are left out.
+    vocabulary: number of tokens of the task; further ids of the model are omitted.
     """
     slots = ablation.slots
     written = write_strength(trace, memory, row, layer)[:, slots].T
@@ -67,8 +67,8 @@ def inspect_slots(
     if len(right):
         writer = writers[worst]
         summary += (
-            f" Taking away every slot that token {writer} “{tokens[writer]}” filled costs the right answer "
-            f"up to {lost.max():.2f} of probability; a single slot at most "
+            f" Ablating every slot mainly written by token {writer} “{tokens[writer]}” costs the right "
+            f"answer up to {lost.max():.2f} of probability; a single slot costs at most "
             f"{(ablation.before[each, right] - ablation.alone[:, each, right]).max():.2f}."
         )
     return View(
@@ -95,7 +95,7 @@ def inspect_slots(
             "questions": [{"token": q.token, "answer": q.answer} for q in ablation.questions],
             "segment_length": segment_length,
         },
-        choices={"question": asked, "without": ["all slots its writer filled", "this slot"]} if asked else {},
+        choices={"question": asked, "without": ["all slots of its writer", "this slot"]} if asked else {},
         group=stream_group(trace, row),
         page=segment_length or 10,
         size=(8, 2.4),
@@ -103,7 +103,7 @@ def inspect_slots(
 
 
 def drift(trace: Trace, memory: str, row: int, layer: int) -> np.ndarray:
-    """Cosine of each slot's content before and after each write: [s t]; 1 = it stayed itself."""
+    """Cosine of each slot's content before and after each write: [s t]; 1 = unchanged direction."""
     before = trace[f"{memory}.before"].at(layer=layer, batch=row).values
     after = trace[f"{memory}.after"].at(layer=layer, batch=row).values
     product = (before * after).sum(-1)

@@ -1,4 +1,7 @@
-"""The hierarchy of states as a ladder: what a token could see of each level, and how much it took."""
+"""The hierarchy of states over time: what a token can see of each level, and how much it reads.
+
+Axes: n tokens, l levels, k banks.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ from memlib.lab.widgets.text import words_of
 from memlib.lab.widgets.view import View
 
 LEVELS = ["0 · the token", "1 · blocks", "2 · summary", "3 · banks"]
-SHOW = ["what this token sees", "what each token reads", "what each token writes"]
+SHOW = ["visible to this token", "read by each token", "written by each token"]
 
 
 def levels_over_time(
     trace: Trace, word: Callable[[int], str] = str, memory: str = "hds", row: int = 0, layer: int = 0
 ) -> View:
-    """The four levels and the banks of one stream, token by token; `levels_of` says what is measured."""
+    """The four levels and the banks of one stream, token by token, with the measures of `levels_of`."""
     seen = levels_of(trace, memory, row, layer)
     tokens, banks = words_of(trace, word, row), seen.read.shape[1]
     labels = LEVELS + [f"bank {k}, ½ in {half:.1f}" for k, half in enumerate(seen.half_lives)]
@@ -37,15 +40,15 @@ def levels_over_time(
         axis.axhline(len(LEVELS) - 0.5, color="white", linewidth=2)
         axis.set(xlabel=f"token; seen from token {time} “{tokens[time]}”", yticks=range(len(labels)))
         axis.set_yticklabels(labels, fontsize=8)
-        axis.figure.colorbar(image, ax=axis, label="levels: share of its reading\nbanks: what is left")
+        axis.figure.colorbar(image, ax=axis, label="levels: weight in its read\nbanks: what remains")
 
     return View(
         kind="levels",
         title=f"Levels of {memory} memory",
-        summary=f"{len(tokens)} tokens, {len(LEVELS)} levels, {banks} banks that fall to half in "
+        summary=f"{len(tokens)} tokens, {len(LEVELS)} levels, {banks} banks with half-lives of "
         f"{', '.join(f'{half:.1f}' for half in seen.half_lives)} segments. Token {deepest} "
-        f"“{tokens[deepest]}” takes most from the banks, {seen.level[deepest, -1]:.2f} of its reading; all "
-        f"tokens together take {', '.join(f'{part:.2f}' for part in seen.level.mean(0))} from the levels.",
+        f"“{tokens[deepest]}” reads most from the banks, {seen.level[deepest, -1]:.2f} of its read; the mean "
+        f"weights of the levels are {', '.join(f'{part:.2f}' for part in seen.level.mean(0))}.",
         arrays={
             "level": seen.level.astype(np.float32),
             "bounds": seen.bounds.astype(np.int32),
@@ -77,9 +80,9 @@ def levels_over_time(
 
 
 def ladder(seen: Levels, time: int) -> np.ndarray:
-    """What a token sees of each earlier one, a line per level and bank, each part of the most: [l+k n].
+    """What a token sees of each earlier token, one line per level and bank: [l+k n].
 
-    Levels: the share of its reading that it takes there; banks: what is left of what was written.
+    Levels: weight in the token's read; banks: what remains of the write, relative to the maximum.
     """
     past = time // seen.segment_length * seen.segment_length
     lines = np.zeros((seen.level.shape[1] - 1, len(seen.level)))

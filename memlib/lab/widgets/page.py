@@ -1,4 +1,4 @@
-"""The face that works from disk: views in one HTML file, without a kernel or a network."""
+"""Views as one self-contained HTML file, which needs no kernel and no network."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ body {{ margin: 16px auto; max-width: 1080px; padding: 0 12px; font-family: syst
 
 
 def page(*views: Frame, title: str = "") -> str:
-    """The views as the text of one HTML page; those of one group move together in it.
+    """The HTML of one page with these views; views of one group move together.
 
-    A view that would take more than a megabyte is rounded to 65,535 even steps, then to 255; its numbers
-    then begin with ≈. Raises ValueError for one that is still larger.
+    A view larger than a megabyte is rounded to 65,535 equal steps, then to 255; its numbers then begin
+    with ≈. Raises ValueError if it is still larger.
     """
     if not views:
         raise ValueError("a page needs at least one view")
@@ -53,7 +53,7 @@ def page(*views: Frame, title: str = "") -> str:
 
 
 def figure(view: Frame) -> str:
-    """A packed view, deflated, as text; in the finest precision that fits the limit."""
+    """A packed and compressed view as base64 text, at the finest precision that fits the limit."""
     for precision in ("f4", "u2", "u1"):
         text = base64.b64encode(zlib.compress(pack(view, precision), 9)).decode("ascii")
         if len(text) <= LIMIT:

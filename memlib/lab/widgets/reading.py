@@ -1,4 +1,7 @@
-"""Reading over text: how much a token takes from memory, and whose words it takes."""
+"""Reading over text: how much each token reads from memory, and which earlier tokens it reads.
+
+Axes: n tokens.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,10 @@ def reading_over_text(
     segment_length: int = 0,
     marked: Sequence[int] = (),
 ) -> View:
-    """The text of one stream, coloured by how strongly a token reads what earlier tokens wrote.
+    """The text of one stream, coloured by how strongly each token reads what an earlier token wrote.
 
-    The colour is the largest share that one earlier token has in what this one reads: through slots
-    (`provenance`), or by retrieval (`retrieved`). marked: positions that are asked for.
+    The colour is the largest share of one earlier token in the token's read: through slots (`provenance`), or
+    by retrieval (`retrieved`). marked: positions of queries.
     """
     measure = retrieved if f"{memory}.source" in trace else provenance
     origin = measure(trace, memory, row, layer)
@@ -53,9 +56,9 @@ def reading(
     group: str = "",
     hits: int = 6,
 ) -> View:
-    """A text with a colour per token, amount [n], and arcs to the strongest of origin [n n].
+    """A text with a colour per token, amount [n], and arcs to the largest weights of origin [n n].
 
-    It opens on the first of the marked tokens, or on the one of the largest amount.
+    It opens at the first marked token, or at the token with the largest amount.
     """
     source = np.argsort(-origin, axis=1, kind="stable")[:, :hits].astype(np.int32)
     weight = np.take_along_axis(origin, source, 1).astype(np.float32)
@@ -86,7 +89,7 @@ def reading(
         best = int(source[t, 0])
         if best >= 0:
             summary += (
-                f" Token {t} “{tokens[t]}” takes most from {best} “{tokens[best]}” ({weight[t, 0]:.2f})."
+                f" Token {t} “{tokens[t]}” reads most from {best} “{tokens[best]}” ({weight[t, 0]:.2f})."
             )
     return View(
         kind="reading",

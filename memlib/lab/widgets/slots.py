@@ -1,4 +1,4 @@
-"""Memory slots through time: which are written, read, moved, and which nobody ever uses."""
+"""Memory slots over time: writes, reads and changes of each slot, and unused slots."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memlib.lab.trace import Trace
 from memlib.lab.widgets.frame import stream_group
 from memlib.lab.widgets.view import View
 
-DEAD = 0.05  # a slot whose weight never exceeds this in any segment
+DEAD = 0.05  # a slot is unused if its weight never exceeds this in any segment
 
 
 def slots_over_time(
@@ -22,7 +22,7 @@ def slots_over_time(
     segment_length: int = 0,
     banks: int = 1,
 ) -> View:
-    """Every slot of one memory, segment by segment; `slot_life` says what is measured."""
+    """Every slot of one memory, segment by segment, with the measures of `slot_life`."""
     life = {name: values.astype(np.float32) for name, values in slot_life(trace, memory, row, layer).items()}
     steps, slots = life["written"].shape
     used = np.maximum(life["written"], life["read"]).max(0) > DEAD
@@ -38,7 +38,7 @@ def slot_view(
     dead: int | None = None,
     title: str = "Slots over time",
 ) -> View:
-    """Slots from measures of one's own: life by name, each float32 [t s], the first one shown first."""
+    """A view of slots from given measures; life: by name, each float32 [t s], the first is the default."""
     first = next(iter(life))
     steps, slots = life[first].shape
 

@@ -1,4 +1,4 @@
-"""Strips: numbers in 0 … 1 that go on together, a colour strip and a line each, with words underneath."""
+"""Strips: several values in 0 … 1 over the same positions, each as a colour strip and a line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memlib.lab.widgets.text import words_of
 from memlib.lab.widgets.view import View
 
 SHUT, OPEN = 0.05, 0.95
-LINES = 4  # more than these are drawn as strips in a picture: lines would hide each other
+LINES = 4  # a static picture shows more lines than this as strips, because lines would overlap
 
 
 def strips(
@@ -26,16 +26,16 @@ def strips(
     group: str = "",
     gates: bool = False,
 ) -> View:
-    """lines: by name, each [n]; words: what stands at each of the n places; unit: what a place is.
+    """A view of strips; lines: by name, each [n]; words: label of each position; unit: name of a position.
 
-    gates: say where a line is shut (below 0.05) or open (above 0.95). Raises ValueError where a line
-    leaves 0 … 1 or the lengths differ.
+    gates: report where a line is shut (below 0.05) or open (above 0.95). Raises ValueError if a value is
+    outside 0 … 1 or the lengths differ.
     """
     values = np.stack([np.asarray(line, dtype=np.float32) for line in lines.values()])
     if values.shape[1] != len(words):
-        raise ValueError(f"{title}: lines of {values.shape[1]} numbers and {len(words)} words")
+        raise ValueError(f"{title}: lines of {values.shape[1]} values and {len(words)} words")
     if values.min() < -1e-4 or values.max() > 1 + 1e-4:
-        raise ValueError(f"{title}: numbers from {values.min():g} to {values.max():g}; strips show 0 to 1")
+        raise ValueError(f"{title}: values from {values.min():g} to {values.max():g}; strips show 0 to 1")
 
     def draw(axis: Any, time: int) -> None:
         (draw_lines if len(lines) <= LINES else draw_strips)(axis, list(lines), values)
@@ -76,7 +76,7 @@ def token_strips(
     segment_length: int,
     gates: bool = False,
 ) -> View:
-    """Strips over the tokens of one recorded stream; lines: by name, each [n]."""
+    """A view of strips over the tokens of one recorded stream; lines: by name, each [n]."""
     return strips(
         lines,
         words_of(trace, word, row),
@@ -109,5 +109,5 @@ def describe(label: str, line: np.ndarray, gates: bool) -> str:
 
 
 def percent(holds: np.ndarray) -> str:
-    """How often something holds, in whole per cent, halves up as the front end rounds."""
+    """The fraction of true values in whole per cent, rounded half up like the front end."""
     return f"{int(100 * holds.mean() + 0.5)} %"

@@ -1,4 +1,4 @@
-"""The words under a recording's tokens."""
+"""Names of a recording's tokens."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from memlib.lab.trace import Trace
 
 
 def words_of(trace: Trace, word: Callable[[int], str], row: int = 0) -> list[str]:
-    """One recorded stream as a person reads it."""
+    """The names of one recorded stream's tokens; word: name of a token id."""
     return [word(int(token)) for token in trace["tokens"].at(batch=row).values]

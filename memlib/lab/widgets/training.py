@@ -1,8 +1,8 @@
-"""A run as it trains, on a thread of its own: watch it, pause it, take one step, stop it.
+"""A live view of a training run on a background thread: watch, pause, single step, stop.
 
 run = watch(trainer)
-run                      # the widget; the cell is done, the run goes on
-await run.finished()     # a later cell; the buttons keep working while it waits
+run                      # shows the widget; the cell returns, the run continues
+await run.finished()     # in a later cell; the buttons still work while it waits
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from memlib.lab.widgets.view import FACES, View
 if TYPE_CHECKING:
     from memlib.training.trainer import Trainer
 
-HERTZ = 30  # pushes to the browser, at most
-UNKNOWN = -1.0  # of what has not been measured yet
-POINTS = 400  # of the curve in the browser; a longer run is thinned
+HERTZ = 30  # maximum updates of the browser per second
+UNKNOWN = -1.0  # stands for a value that is not measured yet
+POINTS = 400  # maximum points of a curve in the browser; a longer run is thinned
 
 
 class Watched:
@@ -52,42 +52,42 @@ class Watched:
         self.pushed, self.pushes = 0.0, 0
         self.stage: Stage | None = None
         trainer.model.eval()
-        # The first look is before the first step: later only the thread that trains may look.
+        # The first look happens before the first step; later looks happen on the training thread only.
         self.seen: View | None = look() if look is not None else None
         self.window: Stage | None = None
         self.thread = threading.Thread(target=self.work, name="memlib-training", daemon=True)
 
-    # What the buttons do.
+    # Actions of the buttons.
 
     def pause(self) -> None:
-        """Pause after the step that is under way; once more goes on."""
+        """Pause after the current step, or continue if paused."""
         with self.gate:
             self.paused = not self.paused
             self.gate.notify_all()
 
     def step(self) -> None:
-        """One step, then pause."""
+        """Run one step, then pause."""
         with self.gate:
             self.paused = True
             self.singles += 1
             self.gate.notify_all()
 
     def stop(self) -> None:
-        """End the run here; the model keeps what it has learned."""
+        """End the run; the model keeps its current weights."""
         with self.gate:
             self.stopped = True
             self.gate.notify_all()
 
-    # What waits for it.
+    # Waiting for the end.
 
     async def finished(self) -> Trainer:
-        """Wait without blocking the kernel; raises what the run raised."""
+        """Wait without blocking the kernel; re-raises an exception of the run."""
         while self.thread.is_alive():
             await asyncio.sleep(0.02)
         return self.wait()
 
     def wait(self) -> Trainer:
-        """Wait, for a script: in a notebook the buttons would wait as well."""
+        """Wait and block; for scripts, because in a notebook the buttons would be blocked too."""
         self.thread.join()
         if self.error is not None:
             raise self.error
@@ -98,14 +98,14 @@ class Watched:
     def work(self) -> None:
         import torch
 
-        torch.set_num_threads(self.trainer.config.training.num_threads)  # a thread has its own setting
+        torch.set_num_threads(self.trainer.config.training.num_threads)  # the setting is per thread
         try:
             self.trainer.train(until=self.until, progress=False, on_step=self.on_step)
         except BaseException as error:
             self.error = error
         finally:
             self.stopped = True
-            # Kept by the widgets, and not only sent: a page that opens later shows how the run ended.
+            # Store the final view in the widgets, so that a page opened later shows the end of the run.
             if self.stage is not None:
                 self.stage.show(self.curves())
             if self.window is not None and self.seen is not None:
@@ -123,7 +123,7 @@ class Watched:
             return not self.stopped
 
     def take_a_look(self) -> None:
-        """What is measured and seen between two steps, with the model as in use."""
+        """Measure and update the view between two steps, with the model in eval mode."""
         self.trainer.model.eval()  # the next step sets it back
         if self.measure is not None:
             self.measured = self.measure()
@@ -132,7 +132,7 @@ class Watched:
         if self.window is not None and self.seen is not None:
             self.window.push(self.seen)
 
-    # What is shown.
+    # Display.
 
     @property
     def state(self) -> str:
@@ -176,11 +176,11 @@ def watch(
     look: Callable[[], View] | None = None,
     every: int = 10,
 ) -> Watched:
-    """Train on a background thread, up to step `until`, and show it.
+    """Train on a background thread, up to step `until`, and show the run.
 
-    measure: what else to show, numbers in 0 … 1 by name; look: a view of the model as it is now. Both
-    are taken each `every` steps, on the training thread between two steps. The weights are those of
-    `trainer.train()`, bit for bit, as long as neither draws random numbers.
+    measure: returns further values in 0 … 1 to show, by name; look: returns a view of the current model. Both
+    are called every `every` steps, on the training thread between two steps. The weights equal those of
+    `trainer.train()` bit for bit, as long as neither uses random numbers.
     """
     run = Watched(trainer, until, measure, look, every)
     run.thread.start()
@@ -190,7 +190,7 @@ def watch(
 def training_view(
     records: list[tuple[int, dict[str, float]]], state: str, chance: float, measured: bool
 ) -> View:
-    """The curves of a run so far; a long one is thinned to some hundred points, the last one always in."""
+    """The curves of a run so far; a long run is thinned to at most POINTS points, including the last."""
     taken = sorted({int(i) for i in np.linspace(0, len(records) - 1, min(POINTS, len(records)))})
     kept = [records[i] for i in taken] or [(0, {"loss": 0.0, "accuracy": 0.0})]
     names = [n for n in kept[-1][1] if n not in ("loss", "grad_norm") and not n.startswith("lr_")]
@@ -200,7 +200,7 @@ def training_view(
 
     def draw(axis: Any, _time: int) -> None:
         axis.plot(
-            steps, loss / max(float(loss.max()), 1e-9), color=colour_of("loss"), label="loss (of its peak)"
+            steps, loss / max(float(loss.max()), 1e-9), color=colour_of("loss"), label="loss / maximum loss"
         )
         for i, (name, line) in enumerate(zip(names, parts, strict=True)):
             axis.plot(steps[line >= 0], line[line >= 0], color=colour_of(name, i), label=name)

@@ -1,10 +1,10 @@
-"""A view: one look into a model, with three faces.
+"""A view of a recording, in three forms.
 
-    view                      in a running lab: drawn live in the browser, and you can move in it
-    view.picture(time=3)      a figure with its text: what stored notebooks and code hosts show
-    save_page("x.html", view) one file that works from disk, without a kernel or a network
+    view                      in a running lab: an interactive widget
+    view.picture(time=3)      a static picture with a text, for stored notebooks and code hosts
+    save_page("x.html", view) one HTML file that works without a kernel or a network
 
-All three come from the same frame. A view is made from a recording and knows no model.
+All three are made from the same frame. A view is made from a recording and needs no model.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ FACES = "MEMLIB_FACES"  # "static" stores pictures only: `make notebooks` sets i
 
 
 class View(Frame):
-    """A frame that shows itself where it is the last line of a cell."""
+    """A frame that a notebook displays if it is the last line of a cell."""
 
     def live(self) -> Stage:
-        """The live face: a widget, to be kept where Python wants to move it or hear of its moves."""
+        """The interactive widget; keep it to move it from Python or to receive its moves."""
         return Stage(self)
 
     def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         data, metadata = self.picture()._repr_mimebundle_()
         if os.environ.get(FACES) == "static":
             return data, metadata
-        # Without the HTML: an untrusted notebook opened again falls back on the picture.
+        # No HTML here, so that an untrusted notebook shows the picture.
         live, _ = self.live()._repr_mimebundle_(**options) or ({}, {})
         return {**live, "image/png": data["image/png"], "text/plain": data["text/plain"]}, metadata

@@ -1,4 +1,4 @@
-"""Cross-attention from a stream to memory tokens (spec D3).
+"""Cross-attention from a stream to memory tokens.
 
 Axes: b batch, n tokens, d hidden, m memory tokens, e their width, i inner width, h heads, k head width,
 u chapters that are read by anyone, c chapters that one row reads, t tokens of a chapter.
@@ -22,13 +22,14 @@ class MemoryCrossAttention(nn.Module):
     chapters[b]: [b c], and then m = c t; bias: [b n m] or [b 1 m], added to the scores -> [b n d].
 
     The maps are d -> i, e -> i, e -> i, i -> d. The inner width i is d; `projection_rank` with
-    `use_low_rank_projections`; and e with `reduced_dim_mode`, where memory is kept at that width: the
-    document's W_q d -> r, W_k r -> r, W_v r -> r, W_o r -> d. W_o starts at zero unless `wo_init_zero` is
+    `use_low_rank_projections`; and e with `reduced_dim_mode`, where memory is kept at width e = r: the
+    maps are then W_q d -> r, W_k r -> r, W_v r -> r, W_o r -> d. W_o starts at zero unless `wo_init_zero` is
     off, so that a new memory changes nothing at first.
 
     use_flash_attention: torch's fused kernel, which keeps no [n m] weights; the plain path says the same.
     gradient_checkpointing: keys, values and weights are computed again in the backward pass.
-    Raises ValueError where widths do not fit. Source: "Core Package", Memory Cross-Attention.
+    Raises ValueError where widths do not fit. Source: "Core Package", Memory Cross-Attention
+    (docs/coverage.md).
     """
 
     def __init__(

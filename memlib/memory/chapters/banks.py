@@ -1,17 +1,17 @@
-"""Learnable memory tokens: what a model knows beside its weights, read by attention (spec D2).
+"""Banks of learnable memory tokens, read by attention.
 
-Axes: m memory tokens, d their width (e where a bank keeps them narrower), r rank, c chapters.
+Axes: m memory tokens, d their width, e columns of a matrix, r rank, t tokens of a chapter.
 
-A bank gives tokens by number, so that a reader that wants a few chapters pays for those only. Its numbers
-are kept in `Rows`, which `memlib.memory.chapters.quantization` can exchange for quantised ones.
+A bank returns tokens by index, so reading a few chapters costs only those. Its parameters are in `Rows`,
+which `memlib.memory.chapters.quantization` can replace by quantised rows.
 
 | bank | parameters | with 4096 tokens of width 4096, r = 512 |
 | --- | --- | --- |
-| standard | m d | 16,777,216 (67 MB in float32: the document's "67M" counts bytes) |
+| standard | m d | 16,777,216 (67 MB in float32) |
 | factorised | (m + d) r | 4,194,304, a quarter |
 | reduced | m r | 2,097,152, an eighth |
 
-Source: "Core Package", Memory Bank Implementations.
+Source: "Core Package", Memory Bank Implementations; docs/coverage.md corrects its figures.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 
 class Rows(nn.Module):
-    """A matrix of which some rows are asked for: rows(index [...]) -> [... e], or rows() -> all [m e]."""
+    """A matrix that returns selected rows: rows(index [...]) -> [... e], or rows() -> all [m e]."""
 
     def __init__(self, num_rows: int, dim: int, std: float) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Rows(nn.Module):
 class MemoryBank(nn.Module, ABC):
     """`num_tokens` learnable tokens of width `dim`.
 
-    bank() -> all tokens [m dim]; bank(index [...]) -> the tokens of these numbers [... dim].
+    bank() -> all tokens [m d]; bank(index [...]) -> the tokens at these indices [... d].
     """
 
     def __init__(self, num_tokens: int, dim: int) -> None:
@@ -56,7 +56,7 @@ class MemoryBank(nn.Module, ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is stored, a quantised bank's scales included."""
+        """Bytes of all parameters and buffers, including a quantised bank's scales."""
         return sum(t.numel() * t.element_size() for t in (*self.parameters(), *self.buffers()))
 
     def extra_repr(self) -> str:
@@ -64,7 +64,7 @@ class MemoryBank(nn.Module, ABC):
 
 
 class StandardMemoryBank(MemoryBank):
-    """M itself: m d parameters, normal with deviation init_std."""
+    """The matrix M itself: m d parameters, initially normal with standard deviation init_std."""
 
     def __init__(self, num_tokens: int, dim: int, init_std: float = 0.02) -> None:
         super().__init__(num_tokens, dim)
@@ -75,7 +75,7 @@ class StandardMemoryBank(MemoryBank):
 
 
 class FactorizedMemoryBank(MemoryBank):
-    """M = A B^T, A: [m r], B: [d r]: (m + d) r parameters. The product's deviation starts at init_std."""
+    """M = A B^T, A: [m r], B: [d r]: (m + d) r parameters. The product's initial deviation is init_std."""
 
     def __init__(self, num_tokens: int, dim: int, rank: int = 64, init_std: float = 0.02) -> None:
         super().__init__(num_tokens, dim)
@@ -88,7 +88,7 @@ class FactorizedMemoryBank(MemoryBank):
 
 
 class ReducedDimMemoryBank(MemoryBank):
-    """Tokens of width r: m r parameters. Their reader works at that width (`MemoryCrossAttention`)."""
+    """Tokens of width r: m r parameters. Attention over them works at that width (`MemoryCrossAttention`)."""
 
     def __init__(self, num_tokens: int, rank: int = 64, init_std: float = 0.02) -> None:
         check_rank(rank)
@@ -100,9 +100,9 @@ class ReducedDimMemoryBank(MemoryBank):
 
 
 class ChapteredMemoryBank(MemoryBank):
-    """A bank in chapters of equal length: chapter i is tokens i t … i t + t - 1.
+    """A bank divided into chapters of equal length: chapter i is tokens i t … i t + t - 1.
 
-    bank.chapters(index [...]) -> [... t dim]. `tokens_per_chapter` may be left out, or must agree.
+    bank.chapters(index [...]) -> [... t d]. `tokens_per_chapter` may be omitted; else it must agree.
     """
 
     def __init__(self, bank: MemoryBank, num_chapters: int, tokens_per_chapter: int | None = None) -> None:
@@ -111,15 +111,15 @@ class ChapteredMemoryBank(MemoryBank):
         self.tokens_per_chapter = tokens_per_chapter or bank.num_tokens // max(num_chapters, 1)
         if num_chapters < 1 or num_chapters * self.tokens_per_chapter != bank.num_tokens:
             raise ValueError(
-                f"num_chapters = {num_chapters} of {self.tokens_per_chapter} tokens: must make up the bank's "
-                f"{bank.num_tokens} tokens; choose a divisor of that"
+                f"num_chapters = {num_chapters} of {self.tokens_per_chapter} tokens: must add up to the "
+                f"bank's {bank.num_tokens} tokens; choose a divisor of that"
             )
 
     def forward(self, index: Tensor | None = None) -> Tensor:
         return self.bank(index)
 
     def chapters(self, index: Tensor) -> Tensor:
-        """The tokens of chapters [...]: [... t dim]; no other token is touched."""
+        """The tokens of chapters with indices [...]: [... t d]; no other token is read."""
         place = torch.arange(self.tokens_per_chapter, device=index.device)
         return self.bank(rearrange(index, "... -> ... 1") * self.tokens_per_chapter + place)
 
@@ -132,7 +132,7 @@ def create_memory_bank(
     low_rank_mode: str = "factorized",
     init_std: float = 0.02,
 ) -> MemoryBank:
-    """The bank these options name; low_rank_mode: "factorized" or "reduced_dim". Raises ValueError."""
+    """Build a bank; low_rank_mode: "factorized" or "reduced_dim". Raises ValueError for invalid options."""
     if low_rank_mode not in ("factorized", "reduced_dim"):
         raise ValueError(f"low_rank_mode = {low_rank_mode!r}: expected 'factorized' or 'reduced_dim'")
     if not use_low_rank:

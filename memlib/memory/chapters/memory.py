@@ -73,7 +73,7 @@ class ChapterState(State):
 
 
 class ChapterMemory(Memory):
-    """A bank of learnable tokens, read whole or by chapters (spec D2, D3, D5).
+    """A bank of learnable tokens, read whole or by selected chapters.
 
     Layers of one bank (`memory_sharing`) share its tokens. Each has its own projections, router and state.
     """

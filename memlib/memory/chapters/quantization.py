@@ -1,17 +1,17 @@
-"""Memory tokens in 8 or 4 bits (spec D7).
+"""Quantization of memory tokens to 8 or 4 bits ("Core Package", docs/coverage.md).
 
-Axes: m rows, d their width, g groups of a row, w numbers of a group.
+Axes: d width of a row, g groups of a row, w values of a group.
 
-Each group of a row has its own scale, and zero is exact (symmetric):
+Each group of a row has its own scale, and zero is represented exactly (symmetric):
 
     scale = max |x| / q_max,   q = round(x / scale),   x' = q scale,   q_max = 127 or 7
 
-so no number is clipped and |x - x'| <= scale / 2. Eight bits are stored as int8; four bits two to a byte
-in uint8, the even place in the low half, each as q + 8. A row of 64 numbers in one group takes 68 or 36
-bytes instead of 256.
+so no value is clipped and |x - x'| <= scale / 2. 8-bit values are stored as int8. Two 4-bit values share a
+byte in uint8, the value with even index in the low half, each as q + 8. A row of 64 values in one group
+takes 68 or 36 bytes instead of 256.
 
-`QuantizedMemoryBank` trains through rounding (straight-through: x' forward, the gradient as if x) and,
-once packed, holds nothing but the small numbers and their scales.
+`QuantizedMemoryBank` trains with rounding (straight-through: x' in the forward pass, the gradient of x in the
+backward pass). Once packed, it holds only integers and scales.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ Q_MAX = {8: 127, 4: 7}
 
 
 def quantize_memory_bank(tensor: Tensor, bits: int = 8, group_size: int = 64) -> tuple[Tensor, Tensor]:
-    """[... d] -> quantised: int8 [... d] or packed uint8 [... d/2], and scales [... g].
+    """Quantise a tensor [... d] to int8 [... d] or packed uint8 [... d/2], and scales [... g].
 
-    A row is cut into g = ceil(d / group_size) groups as equal as can be. Scales have the tensor's type,
-    at least float32. Raises ValueError for other bits, an odd width at 4 bits, and what is not finite.
+    A row is split into g = ceil(d / group_size) groups of nearly equal length. Scales have the tensor's
+    type, at least float32. Raises ValueError for other bits, an odd width at 4 bits, and values that are
+    not finite.
     """
     check_bits(bits, tensor.shape[-1])
     if group_size < 1:
         raise ValueError(f"group_size = {group_size}: must be at least 1")
     if not bool(torch.isfinite(tensor).all()):
-        raise ValueError("tensor holds inf or nan: only finite numbers have a scale")
+        raise ValueError("tensor holds inf or nan: only finite values can be quantised")
     grouped = groups(
         tensor.to(torch.promote_types(tensor.dtype, torch.float32)), ceil(tensor.shape[-1] / group_size)
     )
     scales = grouped.abs().amax(-1) / Q_MAX[bits]
-    normal = scales > torch.finfo(scales.dtype).tiny  # below, a scale is too coarse for its own group
+    normal = scales > torch.finfo(scales.dtype).tiny  # a subnormal scale is too imprecise
     scales = torch.where(normal, scales, torch.ones_like(scales))
     q = torch.round(grouped / rearrange(scales, "... -> ... 1")).clamp(-Q_MAX[bits], Q_MAX[bits])
     flat = rearrange(q, "... g w -> ... (g w)")[..., : tensor.shape[-1]].to(torch.int8)
@@ -53,20 +54,20 @@ def quantize_memory_bank(tensor: Tensor, bits: int = 8, group_size: int = 64) ->
 
 
 def dequantize_memory_bank(quantized: Tensor, scales: Tensor) -> Tensor:
-    """The numbers meant by what `quantize_memory_bank` returned: [... d], of the scales' type."""
+    """Dequantise the output of `quantize_memory_bank`: [... d], of the scales' type."""
     q = unpack(quantized) if quantized.dtype == torch.uint8 else quantized
     grouped = groups(q.to(scales.dtype), scales.shape[-1]) * rearrange(scales, "... -> ... 1")
     return rearrange(grouped, "... g w -> ... (g w)")[..., : q.shape[-1]]
 
 
 def groups(tensor: Tensor, count: int) -> Tensor:
-    """A row in `count` groups of equal length, the last filled with zeros: [... d] -> [... g w]."""
+    """Split rows into `count` groups of equal length, padded with zeros: [... d] -> [... g w]."""
     width = ceil(tensor.shape[-1] / count)
     return rearrange(F.pad(tensor, (0, count * width - tensor.shape[-1])), "... (g w) -> ... g w", g=count)
 
 
 def pack(q: Tensor) -> Tensor:
-    """Numbers -8 … 7, two to a byte: int8 [... d] -> uint8 [... d/2]."""
+    """Pack two values -8 … 7 into each byte: int8 [... d] -> uint8 [... d/2]."""
     low, high = rearrange((q + 8).to(torch.uint8), "... (d two) -> two ... d", two=2)
     return low | (high << 4)
 
@@ -78,7 +79,7 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 class StraightThrough(torch.autograd.Function):
-    """x' forward, the gradient of x' taken for that of x (Bengio et al. 2013, arXiv 1308.3432)."""
+    """Rounding with the gradient of the identity (Bengio et al. 2013, arXiv 1308.3432)."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, bits: int, group_size: int) -> Tensor:
@@ -90,9 +91,9 @@ class StraightThrough(torch.autograd.Function):
 
 
 class QuantizedRows(nn.Module):
-    """`Rows` seen through rounding; after `pack` the rounded numbers are all there is.
+    """`Rows` that are rounded when read; after `pack` only the rounded values are stored.
 
-    A state_dict with packed numbers packs the module it is loaded into.
+    Loading a state_dict with packed values packs the module first.
     """
 
     quantized: Tensor
@@ -106,7 +107,7 @@ class QuantizedRows(nn.Module):
         self.weight = rows.weight
 
     def reset_parameters(self) -> None:
-        if self.weight is not None:  # packed numbers are only ever loaded
+        if self.weight is not None:  # packed values have no random initialisation
             nn.init.normal_(self.weight, 0.0, self.std)
 
     def forward(self, index: Tensor | None = None) -> Tensor:
@@ -119,7 +120,7 @@ class QuantizedRows(nn.Module):
 
     @torch.no_grad()
     def pack(self) -> None:
-        """Keep the rounded numbers only; nothing is left to train."""
+        """Store only the rounded values; they can no longer be trained."""
         if self.weight is None:
             return
         quantized, scales = quantize_memory_bank(self.weight, self.bits, self.group_size)
@@ -137,11 +138,11 @@ class QuantizedRows(nn.Module):
 
 
 class QuantizedMemoryBank(MemoryBank):
-    """A bank whose numbers have 8 or 4 bits: of a factorised one both factors, of a narrow one its rows.
+    """A bank with 8-bit or 4-bit values; of a factorised bank, both factors are quantised.
 
-    The given bank is copied, not changed. Until `pack` it trains: the numbers are kept in full and every
-    read sees them rounded. Packed, it is for use: the same tokens bit for bit, in `nbytes` bytes, which
-    is also what a file of it takes. Raises ValueError as `quantize_memory_bank` does.
+    The given bank is copied. Before `pack` it can be trained: values are stored in full precision and
+    rounded at every read. After `pack` it returns bitwise the same tokens from `nbytes` bytes, in memory
+    and in a file. Raises ValueError as `quantize_memory_bank` does.
     """
 
     def __init__(self, bank: MemoryBank, bits: int = 8, group_size: int = 64) -> None:
@@ -156,7 +157,7 @@ class QuantizedMemoryBank(MemoryBank):
         return self.bank(index)
 
     def pack(self) -> QuantizedMemoryBank:
-        """Drop the numbers in full; returns the bank itself."""
+        """Delete the full-precision values; returns the bank itself."""
         for module in self.modules():
             if isinstance(module, QuantizedRows):
                 module.pack()
@@ -164,7 +165,7 @@ class QuantizedMemoryBank(MemoryBank):
 
 
 def pack_memory_banks(model: nn.Module) -> int:
-    """Pack every quantised bank in a model, for use and saving; returns how many there were."""
+    """Pack every quantised bank in a model, for inference and saving; returns the number of banks."""
     banks = [module for module in model.modules() if isinstance(module, QuantizedMemoryBank)]
     for bank in banks:
         bank.pack()
@@ -175,4 +176,4 @@ def check_bits(bits: int, width: int) -> None:
     if bits not in Q_MAX:
         raise ValueError(f"bits = {bits}: must be 8 or 4")
     if bits == 4 and width % 2:
-        raise ValueError(f"a row of {width} numbers cannot be packed two to a byte: choose an even width")
+        raise ValueError(f"width = {width}: must be even, because two 4-bit values share a byte")

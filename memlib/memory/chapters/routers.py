@@ -1,24 +1,26 @@
-"""Which chapters of a memory a token reads (spec D5).
+"""Routers that select the chapters of a memory bank ("Core Package", docs/coverage.md).
 
-Axes: b batch, n tokens, d hidden, c chapters, k chosen, g decisions: one for a row or one for each token.
+Axes: b batch, n tokens, m earlier tokens of the same row, p tokens before the input, d hidden, c chapters,
+r selected chapters, g decisions: one per row or one per token.
 
-A router is one linear map of a summary; the strategies differ in what they sum up:
+A router is a linear map of a summary vector; the routers differ in the summary:
 
-| router | the summary of token t | decisions |
+| router | summary for token n | decisions |
 | --- | --- | --- |
-| `ChapterRouter` | the mean of all that it is given | 1 for a row |
-| `RollingRouter` | the mean of the last `window_size` tokens up to t | 1 for each token |
-| `TokenLevelRouter` | t itself | 1 for each token |
-| `HybridRouter` | the mean of what came before and of the rolling window | 1 for each token |
+| `ChapterRouter` | the mean of all given tokens | 1 per row |
+| `RollingRouter` | the mean of the last `window_size` tokens up to n | 1 per token |
+| `TokenLevelRouter` | token n itself | 1 per token |
+| `HybridRouter` | the mean of the earlier tokens' mean and the rolling mean | 1 per token |
 
-`ChapterRouter` called with the tokens it then serves is **not causal**: a token's chapters depend on later
-ones. That is sound for a prompt that is given in full, and for nothing that is trained or scored token by
-token. In a stream the summary is that of the segment before (`memlib.memory.chapters`). The others are
-causal.
+`ChapterRouter` is **not causal** if it is called with the tokens that it then serves: a token's chapters
+depend on later tokens. This is valid for a complete prompt, but not for training or scoring token by token.
+In a stream the summary is that of the previous segment (`memlib.memory.chapters.memory`). The other routers
+are causal.
 
-With logits z = s W + b and p = softmax(z), the chosen are the k largest. Their weights are p, made to sum
-to 1 for k > 1 (Mixtral); for k = 1 the weight is p itself (Switch), else it would have no gradient. All
-from the logits on is in float32 at least: half precision decides differently (Switch, section 2.4).
+With logits z = s W + b and p = softmax(z), the r chapters with the largest p are selected. Their weights
+are p, normalised to sum to 1 for r > 1 (Mixtral). For r = 1 the weight is p itself (Switch); normalised, it
+would have no gradient. Everything from the logits on is at least float32, because half precision changes
+decisions (Switch, section 2.4).
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ Losses = dict[str, Tensor]
 
 
 class Choice(NamedTuple):
-    """indices, log_weights: [b g k], best first; logits: [b g c]."""
+    """Selected chapters: indices, log_weights: [b g r], best first; logits: [b g c]."""
 
     indices: Tensor
     log_weights: Tensor
@@ -50,7 +52,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class RouterLossOptions:
-    """Which losses a router has, and what each counts; `router_losses` has the equations."""
+    """Which losses a router has, with their coefficients; `router_losses` has the equations."""
 
     use_load_balance_loss: bool = True
     load_balance_coefficient: float = 0.01
@@ -61,7 +63,7 @@ class RouterLossOptions:
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """The coefficients of those that are switched on, by name."""
+        """Coefficients of the enabled losses, by name."""
         named = {
             "load_balance": (self.use_load_balance_loss, self.load_balance_coefficient),
             "auxiliary": (self.use_auxiliary_loss, self.auxiliary_loss_coefficient),
@@ -71,11 +73,11 @@ class RouterLossOptions:
 
 
 class ChapterRouter(nn.Module):
-    """One choice for a whole sequence, from its mean: not causal, for prompts that are given in full.
+    """Select chapters once per sequence, from its mean: not causal, for complete prompts.
 
-    router(hidden [b n d], attention_mask [b n]) -> (indices [b k], weights [b k], losses). `losses` holds
-    those that are switched on, each times its coefficient (`router_losses`); empty with
-    return_losses=False. Raises ValueError unless 1 <= top_k <= num_chapters.
+    router(hidden [b n d], attention_mask [b n]) -> (indices [b r], weights [b r], losses). losses: the
+    enabled losses, each times its coefficient (`router_losses`); empty with return_losses=False. Raises
+    ValueError unless 1 <= top_k <= num_chapters.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class ChapterRouter(nn.Module):
         return choice.indices[:, 0], choice.weights[:, 0], losses
 
     def choose(self, summary: Tensor) -> Choice:
-        """The choices that summaries [b g d] lead to."""
+        """Select chapters from summaries [b g d]."""
         logits = self.proj(summary)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         best, indices = torch.log_softmax(logits, -1).topk(self.top_k, -1)
@@ -110,7 +112,7 @@ class ChapterRouter(nn.Module):
         return Choice(indices, best, logits)
 
     def losses(self, choice: Choice, counts: Tensor) -> Losses:
-        """The losses that are switched on, times their coefficients; counts: [b g], decisions that count."""
+        """The enabled losses times their coefficients; counts: [b g], mask of valid decisions."""
         if not self.coefficients:
             return {}
         all_three = router_losses(choice.logits, choice.indices, counts)
@@ -118,9 +120,9 @@ class ChapterRouter(nn.Module):
 
 
 class TokenLevelRouter(ChapterRouter):
-    """Each token chooses for itself: -> (indices [b n k], weights [b n k], losses).
+    """Select chapters for each token from the token itself: -> (indices [b n r], weights [b n r], losses).
 
-    The document keeps it for generation, where one token is read at a time.
+    "Core Package" uses it for generation only, where one token is read at a time.
     """
 
     def forward(
@@ -129,13 +131,13 @@ class TokenLevelRouter(ChapterRouter):
         return self.each(hidden, real(hidden, attention_mask), return_losses)
 
     def each(self, summary: Tensor, mask: Tensor, return_losses: bool) -> tuple[Tensor, Tensor, Losses]:
-        """A choice for each token by its summary [b n d]; mask: [b n], tokens that count."""
+        """Select chapters for each token from its summary [b n d]; mask: [b n], valid tokens."""
         choice = self.choose(summary)
         return choice.indices, choice.weights, self.losses(choice, mask) if return_losses else {}
 
 
 class RollingRouter(TokenLevelRouter):
-    """Each token's choice rests on the mean of the last `window_size` tokens up to itself."""
+    """Select chapters for each token from the mean of the last `window_size` tokens up to it."""
 
     def __init__(
         self,
@@ -156,7 +158,7 @@ class RollingRouter(TokenLevelRouter):
 
 
 class HybridRouter(RollingRouter):
-    """Half what came before, half the rolling window: (mean of before + rolling mean) / 2.
+    """Select chapters for each token from (mean of earlier tokens + rolling mean) / 2.
 
     router(hidden [b n d], before [b p d]); without `before` it is a `RollingRouter`.
     """
@@ -176,24 +178,25 @@ class HybridRouter(RollingRouter):
 
 
 def router_losses(logits: Tensor, indices: Tensor, counts: Tensor | None = None) -> Losses:
-    """What keeps a router's choices spread and its logits small, without coefficients.
+    """Auxiliary losses that balance the use of chapters and keep logits small, without coefficients.
 
-    logits: [... c], indices: [... k] of the decisions that count: [...] (None: all); all zero where none
-    does. With f_c the share of the t k choices of t decisions that fell on c, and P_c the mean of p_c:
+    logits: [... c], indices: [... r]; counts: [...], mask of valid decisions (None: all). All losses are
+    zero without a valid decision. f_c is the fraction of all selections that are chapter c, P_c the mean of
+    p_c, C the number of chapters:
 
         load_balance = C sum_c f_c P_c              Switch, arXiv 2101.03961, eq. 4; C^2 times GShard's
-                                                    mean_c f_c P_c, arXiv 2006.16668; 1 where even
-        auxiliary    = C sum_c (P_c - 1/C)^2        the squared coefficient of variation of use, over and
-                                                    under alike: Shazeer et al. 2017, arXiv 1701.06538
-        z            = mean_t logsumexp(z_t)^2      ST-MoE, arXiv 2202.08906, eq. 5
+                                                    mean_c f_c P_c, arXiv 2006.16668; 1 if even
+        auxiliary    = C sum_c (P_c - 1/C)^2        the squared coefficient of variation of use:
+                                                    Shazeer et al. 2017, arXiv 1701.06538
+        z            = mean logsumexp(z)^2          ST-MoE, arXiv 2202.08906, eq. 5
     """
     c = logits.shape[-1]
     real = torch.ones_like(logits[..., 0]) if counts is None else counts.to(logits.dtype)
     weight = real / real.sum().clamp(min=1)  # of each decision in a mean
-    chosen = reduce(F.one_hot(indices, c).to(logits.dtype), "... k c -> ... c", "mean")
+    chosen = reduce(F.one_hot(indices, c).to(logits.dtype), "... r c -> ... c", "mean")
     share = einsum(weight, chosen, "..., ... c -> c")
     use = einsum(weight, torch.softmax(logits, -1), "..., ... c -> c")
-    any_counts = real.amax()  # without a decision, nothing is uneven
+    any_counts = real.amax()  # 0 without a valid decision
     return {
         "load_balance": c * (share * use).sum(),
         "auxiliary": any_counts * c * (use - 1 / c).square().sum(),
@@ -202,16 +205,16 @@ def router_losses(logits: Tensor, indices: Tensor, counts: Tensor | None = None)
 
 
 def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """The mean of the tokens that count, zero where none does: [b n d], [b n] -> [b d]."""
+    """The mean of the valid tokens, zero without any: [b n d], [b n] -> [b d]."""
     weight = mask.to(hidden.dtype)
     total = reduce(hidden * rearrange(weight, "b n -> b n 1"), "b n d -> b d", "sum")
     return total / rearrange(weight.sum(1).clamp(min=1), "b -> b 1")
 
 
 def rolling_mean(hidden: Tensor, mask: Tensor, window: int, newest: int | None = None) -> Tensor:
-    """The mean of the last `window` tokens that count up to each token: [b n d], [b n] -> [b n d].
+    """The mean of the last `window` valid tokens up to each token: [b n d], [b n] -> [b n d].
 
-    newest: for that many last tokens only.
+    newest: compute it for this many last tokens only.
     """
     first = hidden.shape[1] - (hidden.shape[1] if newest is None else newest)
     number = mask.cumsum(1)
@@ -223,5 +226,5 @@ def rolling_mean(hidden: Tensor, mask: Tensor, window: int, newest: int | None =
 
 
 def real(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """The mask as booleans, all true where there is none: [b n]."""
+    """The mask as booleans, all true if None: [b n]."""
     return torch.ones_like(hidden[..., 0], dtype=torch.bool) if mask is None else mask.bool()

@@ -1,4 +1,7 @@
-"""What a store keeps of one stream: growing columns, some of their rows in files, the rest in memory."""
+"""The record of one stream in a store: growing columns, some of their rows in files, the rest in memory.
+
+Axes: r rows (tokens) of a stream, m new rows, h heads, k width of a key or value, x requested rows.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ NEVER = torch.iinfo(torch.int64).max
 
 
 class Column:
-    """Rows of one shape, appended at the end: [r ...].
+    """An array that grows at the end: [r ...].
 
-    What is appended goes to a buffer that doubles when it is full, so that a row costs the same at any
+    New rows go to a buffer that doubles when it is full, so the mean cost per row does not depend on the
     size.
     """
 
@@ -32,20 +35,20 @@ class Column:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows in files and of the buffer, with what of it is still free."""
+        """Bytes of the rows in files and of the buffer, including its free part."""
         return sum(part.nbytes for part in (*self.mapped, self.buffer))
 
     def map(self, rows: Sequence[Tensor]) -> None:
-        """Begin an empty column with rows that live in files and stay there, read-only."""
+        """Start an empty column with read-only rows that stay in files."""
         self.mapped = list(rows)
 
     @property
     def newest(self) -> Tensor:
-        """The rows in memory, which may be changed in place: [r ...]."""
+        """The rows in memory, which may be modified in place: [r ...]."""
         return self.buffer[: self.filled]
 
     def append(self, rows: Tensor) -> None:
-        """Add rows at the end: [m ...]."""
+        """Append rows: [m ...]."""
         needed = self.filled + len(rows)
         if needed > len(self.buffer):
             wider = self.buffer.new_empty(max(needed, 2 * len(self.buffer)), *self.buffer.shape[1:])
@@ -55,19 +58,19 @@ class Column:
         self.filled = needed
 
     def keep(self, places: Tensor) -> None:
-        """Drop all other rows, where they lie: the buffer neither grows nor moves."""
+        """Delete all other rows; the buffer is reused."""
         rows = self.rows(0, len(self))[places]
         self.mapped, self.filled = [], 0
         self.append(rows)
 
     def pieces(self) -> Iterator[Tensor]:
-        """All rows in order, in as many tensors as they lie in."""
+        """Yield all rows in order, as one tensor per file and one for the buffer."""
         yield from self.mapped
         if self.filled:
             yield self.newest
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start … stop - 1; a view where they lie in one piece."""
+        """Rows start … stop - 1; a view if they are in one piece."""
         found, first = [], 0
         for piece in self.pieces():
             part = piece[max(start - first, 0) : max(stop - first, 0)]
@@ -77,7 +80,7 @@ class Column:
         return found[0] if len(found) == 1 else torch.cat([self.buffer[:0], *found])
 
     def take(self, place: Tensor) -> Tensor:
-        """Head h's part of the rows it asks for; of rows [h k], place: [h x] -> [h x k]."""
+        """Gather rows separately for each head, from rows [r h k]; place: [h x] -> [h x k]."""
         found, first = None, 0
         for piece in self.pieces():
             inside = (place - first).clamp_(0, len(piece) - 1) if self.mapped else place
@@ -93,7 +96,7 @@ class Column:
 
 
 def lines_of_heads(place: Tensor) -> Tensor:
-    """Where head h's part of each row stands once rows [r h k] are lines [(r h) k]: [h ...] -> [h ...]."""
+    """Indices of head h's rows after rows [r h k] are flattened to [(r h) k]: [h ...] -> [h ...]."""
     if len(place) == 1:
         return place
     return rearrange(
@@ -103,7 +106,7 @@ def lines_of_heads(place: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a store holds, fixed for its life. capacity: live rows of a stream, null without a limit."""
+    """Fixed sizes and options of a store; capacity: live rows of a stream, None for no limit."""
 
     heads: int
     key_dim: int
@@ -119,13 +122,15 @@ class Shape:
 
 @dataclass
 class StreamRecord:
-    """One stream's rows. `length` counts all that were ever written, `evicted` those of the rows here that
-    are gone; `forgotten` is the oldest cursor that can still be read.
+    """The rows of one stream.
 
-    keys, values: [r h k]; means: a chunk's mean key [r/chunk h k], the keys themselves without chunks;
-    serial: which token of the stream a row is; gone: the cursor from which it is evicted; retrieved:
-    with what weight it came back; encoder: which of the store's encoders made its key. All [r].
-    parts: the files that hold the first rows, and how many each (memlib.memory.external.storage).
+    length: rows ever written; evicted: evicted rows that are still stored; forgotten: oldest cursor that can
+    still be read.
+
+    keys, values: [r h k]; means: mean key of each chunk [r/chunk h k], the keys themselves without chunks.
+    All [r]: serial, the row's position in the stream; gone, the cursor at which it was evicted; retrieved,
+    its total retrieval weight; encoder, index of the encoder that made its key. parts: the files with the
+    first rows, and the rows in each (memlib.memory.external.storage).
     """
 
     keys: Column
@@ -142,7 +147,7 @@ class StreamRecord:
     parts: list[dict[str, Any]] = field(default_factory=list)
 
     def serials(self, place: Tensor) -> Tensor:
-        """Which tokens of the stream stand at places; a sum, not a look-up, where none is missing."""
+        """Positions in the stream of given rows; computed without a look-up if no row is missing."""
         serial = self.serial.newest
         if not len(serial):
             return place
@@ -150,19 +155,19 @@ class StreamRecord:
         return place + first if last - first + 1 == len(serial) else serial[place]
 
     def visible(self, cursor: int) -> Tensor | None:
-        """Which rows a reader at this cursor sees: [r], or None for all."""
+        """Mask of the rows visible at a cursor: [r], or None for all."""
         if cursor == self.length and not self.evicted:
             return None
         return (self.serial.newest < cursor) & (self.gone.newest > cursor)
 
     @property
     def tables(self) -> tuple[Column, ...]:
-        """The columns with a row for each token, keys and values aside."""
+        """The columns with one value per row."""
         return self.serial, self.gone, self.retrieved, self.encoder
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all columns; indexes, which FAISS keeps, come on top."""
+        """Bytes of all columns, without FAISS indexes."""
         means = () if self.means is self.keys else (self.means,)
         return sum(column.nbytes for column in (self.keys, self.values, *means, *self.tables))
 

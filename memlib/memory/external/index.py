@@ -1,9 +1,11 @@
-"""Nearest-neighbour indexes: FAISS's flat, IVF, IVF-PQ and HNSW behind one small face.
+"""Nearest-neighbour indexes: FAISS's flat, IVF, IVF-PQ and HNSW behind one interface.
 
-An index is a pure function of the vectors it covers, in their order: it is trained on a prefix whose
-length depends on nothing but their number, and HNSW, whose graph depends on what is added together, takes
-whole blocks of `BLOCK`. So it can be thrown away, saved or rebuilt at any time, and a copy of a store
-answers exactly as the original does.
+An index is a pure function of the vectors it covers, in their order: it is trained on a prefix, the length
+of which depends only on their number, and HNSW adds whole blocks of `BLOCK` vectors, because its graph
+depends on the grouping. So an index can be deleted, saved or rebuilt at any time, and a copy of a store
+returns exactly the same hits.
+
+Axes: h heads, n queries, m vectors, r rows, j hits, k width.
 
 All indexes search by inner product. Source: Johnson et al. 2017, arXiv 1702.08734 (FAISS); Malkov and
 Yashunin 2016, arXiv 1603.09320 (HNSW); Jégou et al. 2011 (product quantisation).
@@ -20,12 +22,12 @@ from torch import Tensor
 
 from memlib.config import IndexConfig
 
-BLOCK = 64  # vectors that are added at once
-LEAST = 256  # vectors that an index begins with and is first trained on
+BLOCK = 64  # vectors added at once
+LEAST = 256  # minimum number of vectors of an index, used for its first training
 
 
 class SearchIndex:
-    """An index over a growing sequence of vectors, of which it covers the first `size`."""
+    """An index over the first `size` vectors of a growing sequence."""
 
     def __init__(self, config: IndexConfig, dim: int) -> None:
         self.config, self.dim = config, dim
@@ -37,10 +39,10 @@ class SearchIndex:
         return 0 if self.faiss is None else self.faiss.ntotal
 
     def cover(self, total: int, rows: Callable[[int, int], np.ndarray]) -> None:
-        """Take in `total` vectors, HNSW their whole blocks; rows(start, stop) gives some: [m k] float32.
+        """Extend the index to `total` vectors (HNSW: whole blocks); rows(start, stop): [m k] float32.
 
-        An index that is trained (IVF) is trained on the first LEAST * 2^i vectors, as many as there are,
-        and anew when i has grown: lists that fitted a thousand vectors serve a million badly.
+        IVF indexes are trained on the first LEAST * 2^i vectors for the largest possible i, and retrained
+        when i grows: lists trained on a thousand vectors are poor for a million.
         """
         end = total // BLOCK * BLOCK if self.config.kind == "hnsw" else total
         if end < LEAST or end <= self.size:
@@ -55,23 +57,23 @@ class SearchIndex:
     def search(
         self,
         query: np.ndarray,
-        k: int,
+        count: int,
         visible: np.ndarray | None = None,
         into: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and places of the k best of each query among the covered, -1 for none: [n k] each.
+        """Scores and indices of the `count` best covered vectors of each query, -1 for none: [n j] each.
 
-        query: [n k] float32; visible: [size] bool, the places that may come back, or None for all;
-        into: where to write the answer, float32 and int64.
+        query: [n k] float32; visible: [size] bool, vectors that may be retrieved, or None for all; into:
+        output arrays, float32 and int64.
         """
         selector = None if visible is None else select(visible)
-        return self.faiss.search(query, k, params=self.parameters(k, selector), D=into[0], I=into[1])
+        return self.faiss.search(query, count, params=self.parameters(count, selector), D=into[0], I=into[1])
 
-    def parameters(self, k: int, selector: Any = None) -> Any:
-        """How FAISS is to search for the k best."""
+    def parameters(self, count: int, selector: Any = None) -> Any:
+        """FAISS's search parameters for the `count` best."""
         faiss = library()
         if self.config.kind == "hnsw":
-            return faiss.SearchParametersHNSW(efSearch=max(self.config.hnsw_ef_search, k), sel=selector)
+            return faiss.SearchParametersHNSW(efSearch=max(self.config.hnsw_ef_search, count), sel=selector)
         if self.config.kind == "ivf":
             return faiss.SearchParametersIVF(nprobe=self.config.ivf_probes, sel=selector)
         if self.config.kind == "ivfpq":
@@ -79,7 +81,7 @@ class SearchIndex:
         return faiss.SearchParameters(sel=selector)
 
     def to_bytes(self) -> np.ndarray:
-        """The index as bytes, for a file."""
+        """Serialise the index."""
         faiss = library()
         return faiss.serialize_index(self.faiss)
 
@@ -90,7 +92,7 @@ class SearchIndex:
 
 
 def make_index(config: IndexConfig, dim: int, size: int) -> Any:
-    """An empty FAISS index for inner products, its lists chosen for `size` vectors."""
+    """An empty FAISS index for inner products; the number of IVF lists suits `size` vectors."""
     faiss = library()
     metric = faiss.METRIC_INNER_PRODUCT
     if config.kind == "flat":
@@ -106,7 +108,7 @@ def make_index(config: IndexConfig, dim: int, size: int) -> Any:
     else:
         inverted = faiss.IndexIVFPQ(quantizer, dim, lists, pq_parts(dim, config.pq_bytes), 8, metric)
         inverted.pq.cp.min_points_per_centroid = 1
-    inverted.cp.min_points_per_centroid = 1  # small stores train on what there is, without a warning
+    inverted.cp.min_points_per_centroid = 1  # no warning when a small store has few training vectors
     return inverted
 
 
@@ -116,7 +118,7 @@ def pq_parts(dim: int, wanted: int) -> int:
 
 
 def select(visible: np.ndarray) -> Any:
-    """A FAISS selector for the true places: none where all are, a range where they touch, else a bitmap."""
+    """A FAISS selector for visible rows: None if all are, a range if they are contiguous, else a bitmap."""
     faiss = library()
     places = np.flatnonzero(visible)
     if len(places) == len(visible):
@@ -130,10 +132,10 @@ def select(visible: np.ndarray) -> Any:
 
 
 def products_at(query: Tensor, rows: Tensor, place: Tensor) -> Tensor:
-    """Inner products of queries and the rows at their places, in float32; -inf where a place is -1.
+    """Inner products of queries with the rows at given indices, in float32; -inf at index -1.
 
-    query: [h n k], rows: [r k], place: [h n j] -> [h n j]. FAISS reads each row where it lies: on a CPU,
-    gathering them first takes three times as long.
+    query: [h n k], rows: [r k], place: [h n j] -> [h n j]. FAISS reads the rows in place: on a CPU, gathering
+    them first takes three times as long.
     """
     faiss = library()
     product = np.empty(place.shape, np.float32)
@@ -144,7 +146,7 @@ def products_at(query: Tensor, rows: Tensor, place: Tensor) -> Tensor:
 
 
 def library() -> Any:
-    """FAISS, loaded when first needed; untyped, because its annotations are those of its C++."""
+    """The faiss module, imported on first use; untyped, because its Python functions lack annotations."""
     import faiss
 
     return faiss

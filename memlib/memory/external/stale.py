@@ -1,9 +1,9 @@
-"""Stale keys: how far an encoder has moved since it made the keys of a store.
+"""Stale keys: how far the encoder has changed since it made the keys of a store.
 
-A stored key stays as it was while training changes what makes new keys, so old and new stop meeting.
-Unit-length keys and queries keep their scales together (Memorizing Transformers); their directions
-drift all the same. So a store notes, with each row, a sketch of the encoder that made it: its keys of a
-few fixed inputs. Comparing sketches needs neither the old weights nor the old text.
+Stored keys stay fixed while training changes the encoder, so old keys and new queries drift apart. Unit
+length keeps their scales equal (Memorizing Transformers), but directions still drift. Therefore a store
+records for each row a sketch of its encoder: the encoder's keys for a few fixed inputs. Comparing sketches
+needs neither the old weights nor the old text.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from memlib.memory.external.store import Store
 
 @dataclass(frozen=True)
 class StaleKeys:
-    """rows: live rows whose keys one encoder made (-1: it was not noted).
+    """encoder: index of an encoder (-1: not recorded); rows: live rows with keys from it.
 
-    drift: mean of 1 - cos between that encoder's sketch and today's, 0 where nothing has moved; None
-    where it was not noted.
+    drift: mean of 1 - cosine between that encoder's sketch and the current one, 0 if equal; None if not
+    recorded.
     """
 
     encoder: int
@@ -31,7 +31,7 @@ class StaleKeys:
 
 
 def stale_keys(store: Store, sketch: Tensor) -> list[StaleKeys]:
-    """What a store's keys were made by, oldest encoder first, against today's sketch: [... k]."""
+    """Compare the encoders of a store's keys, oldest first, with the current sketch: [... k]."""
     rows: Counter[int] = Counter()
     for stream in store.streams.values():
         rows.update(stream.encoder.newest[stream.live].tolist())

@@ -1,13 +1,13 @@
-"""A store on disk: a folder of files that are never changed, and a manifest that names them.
+"""A store on disk: a folder of immutable files, and a manifest that lists them.
 
-    store.json                  what the store is; its files with their sizes and checksums
-    rows-000003.safetensors     the rows that save number 3 added: keys, values, chunks' means by stream
-    tables-000003.safetensors   serials, evictions, retrieval counts, sketches of encoders, indexes
+    store.json                  options of the store; its files with sizes and checksums
+    rows-000003.safetensors     rows added by save number 3: keys, values, chunks' means, by stream
+    tables-000003.safetensors   serials, evictions, retrieval weights, sketches of encoders, indexes
 
-A save writes new files beside the old ones, has them on the disk, then replaces the manifest in one
-step, then deletes what the new manifest does not name. A kill at any byte leaves the old manifest or the
-new one, with all the files it names. Sizes and SHA-256 of all files are checked on opening; rows are
-then read from the mapped files as they are needed, and appending goes on in memory until the next save.
+A save writes new files, flushes them to disk, replaces the manifest atomically, then deletes files that the
+new manifest does not list. A kill at any time leaves the old or the new manifest with all of its files.
+Opening checks the size and SHA-256 of all files. Rows are then read from memory-mapped files when needed;
+new rows stay in memory until the next save.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from memlib.memory.external.store import Store, StoreError
 FORMAT = "memlib-store-1"
 MANIFEST = "store.json"
 ROWS, TABLES = ("keys", "values", "means"), ("serial", "gone", "retrieved", "encoder")
-MANY_PARTS = 16  # a stream in that many files is written anew in one
+MANY_PARTS = 16  # a stream with this many files is rewritten into one
 
 
 def save_store(store: Store, folder: str | os.PathLike[str]) -> None:
-    """Save into a new folder, or into the one the store was opened from or last saved to.
+    """Save to a new folder, or to the folder that the store was opened from or last saved to.
 
-    There, only new rows are written, and the tables. Raises StoreError where the folder holds another
-    store, or this one as somebody else has saved it since.
+    In the latter case only new rows and the tables are written. Raises StoreError if the folder holds another
+    store, or if another process has saved this store since.
     """
     target = Path(folder).resolve()
     target.mkdir(parents=True, exist_ok=True)
@@ -65,9 +65,9 @@ def save_store(store: Store, folder: str | os.PathLike[str]) -> None:
 
 
 def open_store(folder: str | os.PathLike[str], index: IndexConfig | None = None) -> Store:
-    """Open a saved store, its rows mapped into memory; `index` searches it otherwise than it was saved.
+    """Open a saved store with memory-mapped rows; index: search options, the saved ones if None.
 
-    Raises StoreError for a folder without a store and for any file that is missing, cut or altered.
+    Raises StoreError for a folder without a store and for any missing or changed file.
     """
     source = Path(folder).resolve()
     manifest = read_manifest(source)
@@ -92,14 +92,14 @@ def open_store(folder: str | os.PathLike[str], index: IndexConfig | None = None)
 
 
 def row_columns(store: Store) -> tuple[str, ...]:
-    """The columns of rows that are written: without chunks, the means are the keys."""
+    """Names of the row columns to save; without chunks, the means are the keys and are not saved."""
     return ROWS if store.shape.chunk > 1 else ROWS[:2]
 
 
 def new_rows(
     store: Store, file: str, go_on: bool
 ) -> tuple[dict[int, list[dict[str, Any]]], dict[str, Tensor]]:
-    """Each stream's parts after this save, and the rows that the new file has to hold."""
+    """Each stream's parts after this save, and the rows for the new file."""
     parts, rows = {}, {}
     for number, stream in store.streams.items():
         old = stream.parts if go_on and len(stream.parts) < MANY_PARTS else []
@@ -115,7 +115,7 @@ def new_rows(
 
 
 def tables(store: Store) -> dict[str, Tensor]:
-    """All that is small, and the indexes that took time to build."""
+    """The tensors of the tables file: one value per row, sketches, and indexes that are slow to build."""
     found = {f"encoder.{i}": sketch for i, sketch in enumerate(store.encoders)}
     for number, stream in store.streams.items():
         for name in TABLES:
@@ -128,7 +128,7 @@ def tables(store: Store) -> dict[str, Tensor]:
 
 
 def saved_indexes(store: Store, table: dict[str, Tensor], key: str, trained_on: int) -> list[SearchIndex]:
-    """A stream's indexes as they were saved; none where there were none."""
+    """Load a stream's saved indexes, if any."""
     indexes = []
     for head in range(store.shape.heads):
         if f"{key}.index.{head}" in table:
@@ -140,7 +140,7 @@ def saved_indexes(store: Store, table: dict[str, Tensor], key: str, trained_on: 
 def describe(
     store: Store, version: int, parts: dict[int, list[dict[str, Any]]], files: dict[str, Any]
 ) -> dict[str, Any]:
-    """The manifest, sealed with its own checksum."""
+    """Build the manifest, including its own checksum."""
     manifest = {
         "format": FORMAT,
         "version": version,
@@ -168,7 +168,7 @@ def seal(manifest: dict[str, Any]) -> str:
 
 
 def put(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write tensors as one file; what the manifest says of it."""
+    """Write tensors to one file; returns its entry for the manifest."""
     data = to_safetensors(tensors)
     write_bytes(path, data)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -191,12 +191,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_file(path: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
-    """A file's tensors, mapped; StoreError unless it is byte for byte what was saved."""
+    """Open a file's tensors, memory-mapped; raises StoreError unless size and checksum match."""
     remedy = "restore the folder from a copy"
     if not path.is_file():
         raise StoreError(f"{path}: missing; {remedy}")
     if (size := path.stat().st_size) != entry["bytes"]:
-        raise StoreError(f"{path}: {size} bytes, not {entry['bytes']}: cut off or grown; {remedy}")
+        raise StoreError(f"{path}: {size} bytes, not {entry['bytes']}: truncated or extended; {remedy}")
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
             raise StoreError(f"{path}: altered since it was saved (checksum); {remedy}")
@@ -205,10 +205,10 @@ def check_file(path: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def check_unchanged(folder: Path, known: dict[str, Any] | None) -> None:
-    """Refuse to save over what this store has not seen."""
+    """Raise StoreError if saving would overwrite data that this store has not loaded."""
     if not (folder / MANIFEST).exists():
         return
     if known is None:
         raise StoreError(f"{folder}: holds a store; open it with open_store, or save to another folder")
     if read_manifest(folder)["sha256"] != known["sha256"]:
-        raise StoreError(f"{folder}: saved by another process since it was opened; open it anew")
+        raise StoreError(f"{folder}: saved by another process since it was opened; open it again")

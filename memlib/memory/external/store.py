@@ -1,18 +1,19 @@
-"""A store of key-value pairs: many streams, searched by similarity, kept on disk.
+"""A store of key-value pairs: many streams, searched by similarity, optionally saved to disk.
 
-Axes: h heads, r rows (tokens) of a stream, m new rows, n queries, j hits, k width.
+Axes: h heads, r rows (tokens or chunks) of a stream, m new rows, n queries, j hits, k width, c tokens of a
+chunk.
 
-A store only grows at the end of a stream, and whoever reads or writes says up to where: (stream, cursor)
-is a value. A read at a cursor sees what was there when the stream had that length, also after others
-have written on; a write at a cursor that is not the end goes on in a copy of the stream up to there. So
-a model whose memory is a store still obeys the laws: its state is two integers for each row.
+Streams grow only at their end, and every read or write names a cursor: the pair (stream, cursor) has value
+semantics. A read at a cursor sees the stream as it was at that length, even after later writes. A write at a
+cursor before the end writes to a copy of the stream up to the cursor. So a model with a store still obeys the
+laws: its state is two integers per row of the batch.
 
-Search is exact by torch below `index.exact_below` rows. Above, a FAISS index for each stream and head
-proposes candidates, what it does not cover yet is compared exactly, and all candidates are ranked by
-their true scores. With chunk > 1 the mean of a chunk's keys is searched and whole chunks come
-back (LongMem); a chunk is found once it is complete.
+Below `index.exact_below` rows the search is exact, with torch. Above, a FAISS index for each stream and head
+proposes candidates, rows that it does not cover yet are compared exactly, and all candidates are ranked by
+their true scores. With chunk > 1 the search compares the mean key of each chunk and retrieves whole chunks
+(LongMem); only complete chunks can be retrieved.
 
-A store lives in memory; memlib.memory.external.storage saves it, and opens it with its rows still on disk.
+A store is in memory; memlib.memory.external.storage saves it, and opens it with memory-mapped rows.
 """
 
 from __future__ import annotations
@@ -34,13 +35,12 @@ from memlib.memory.search import chunk_places, exact_search
 
 
 class StoreError(RuntimeError):
-    """A store that cannot do what is asked, or cannot be read; the message says what and the remedy."""
+    """A store cannot be read, or cannot serve a request; the message names the cause and the remedy."""
 
 
 class Hits(NamedTuple):
-    """What came back, best first: serial [h n j], -1 where nothing did; score, the inner product with
-    the query: [h n j]; values, keys: [h n j k]. keys: None where they were not asked for.
-    """
+    """Retrieved rows, best first: serial [h n j], -1 for no hit; score [h n j], inner product with the query;
+    values, keys: [h n j k]; keys is None if not requested."""
 
     serial: Tensor
     score: Tensor
@@ -59,7 +59,7 @@ class Store:
         self.saved: tuple[Path, dict[str, Any]] | None = None
 
     def new_stream(self) -> int:
-        """The number of a stream that holds nothing yet."""
+        """Create an empty stream and return its number."""
         self.next_stream += 1
         return self.next_stream - 1
 
@@ -78,7 +78,7 @@ class Store:
         return sum(stream.nbytes for stream in self.streams.values())
 
     def forget(self, stream: int) -> None:
-        """Drop all rows of a stream; cursors into it become unreadable."""
+        """Delete all rows of a stream; cursors into it become unreadable."""
         kept = self.streams.get(stream)
         if kept is not None:
             self.streams[stream] = self.empty()
@@ -90,16 +90,16 @@ class Store:
         return StreamRecord(keys, self.shape.column(self.shape.value_dim), means)
 
     def at(self, number: int, cursor: int) -> StreamRecord:
-        """The stream, once it is sure that it can be read at this cursor."""
+        """The record of a stream; raises StoreError if it cannot be read at this cursor."""
         if not 0 <= number < self.next_stream:
-            raise StoreError(f"stream {number}: this store has given out 0 … {self.next_stream - 1}")
+            raise StoreError(f"stream {number}: the streams of this store are 0 … {self.next_stream - 1}")
         if number not in self.streams:
             self.streams[number] = self.empty()
         stream = self.streams[number]
         if not stream.forgotten <= cursor <= stream.length:
             raise StoreError(
                 f"stream {number} at {cursor}: readable from {stream.forgotten} to {stream.length}; "
-                "go on from a newer state, or raise capacity"
+                "continue from a newer state, or raise capacity"
             )
         return stream
 
@@ -109,9 +109,9 @@ class Store:
     def append(
         self, number: int, cursor: int, keys: Tensor, values: Tensor, retrieved: Tensor | None = None
     ) -> tuple[int, int]:
-        """Write rows behind a cursor; keys, values: [h m k] -> the (stream, cursor) after them.
+        """Write rows at a cursor; keys, values: [h m k] -> the (stream, cursor) after the write.
 
-        retrieved: [r], what `weights` gave for the reads since the last write; least_retrieved needs it.
+        retrieved: [r], retrieval weights since the last write, from `weights`; least_retrieved needs them.
         """
         stream = self.at(number, cursor)
         if cursor < stream.length:
@@ -131,7 +131,7 @@ class Store:
         return number, stream.length
 
     def complete_chunks(self, stream: StreamRecord) -> None:
-        """Give every chunk that has become complete its mean key."""
+        """Compute the mean key of every newly completed chunk."""
         c = self.shape.chunk
         if c > 1:
             done = len(stream.means)
@@ -139,7 +139,10 @@ class Store:
             stream.means.append(reduce(keys, "(r c) h k -> r h k", "mean", c=c))
 
     def evict(self, stream: StreamRecord, added: int) -> None:
-        """Mark what exceeds the capacity as gone, never the rows just added; drop it at about half."""
+        """Mark rows above the capacity as evicted, oldest or least retrieved first, new rows last.
+
+        Evicted rows are deleted when they are about half of all rows.
+        """
         live = torch.nonzero(stream.live).flatten()
         excess = len(live) - (self.shape.capacity or len(live))
         if excess <= 0:
@@ -149,11 +152,11 @@ class Store:
             old = old[torch.argsort(stream.retrieved.newest[old], stable=True)]
         stream.gone.newest[torch.cat((old, live[len(old) :]))[:excess]] = stream.length
         stream.evicted += excess
-        if len(stream.serial) + added > 2 * (len(live) - excess):  # the next rows find room in the buffers
+        if len(stream.serial) + added > 2 * (len(live) - excess):  # so that the buffers need not grow
             self.drop_gone(stream)
 
     def drop_gone(self, stream: StreamRecord) -> None:
-        """Free the rows that are gone, in whole chunks; older cursors become unreadable."""
+        """Delete evicted rows, in whole chunks; older cursors become unreadable."""
         c = self.shape.chunk
         live = F.pad(stream.live, (0, -len(stream.live) % c))
         kept = repeat(reduce(live, "(r c) -> r", "any", c=c), "r -> (r c)", c=c)[: len(stream.live)]
@@ -168,7 +171,7 @@ class Store:
         stream.forgotten = stream.length
 
     def fork(self, stream: StreamRecord, cursor: int) -> tuple[int, StreamRecord]:
-        """A new stream that holds what a reader at this cursor sees."""
+        """Copy a stream up to a cursor into a new stream."""
         number = self.new_stream()
         copy = self.copied(stream, torch.nonzero(stream.serial.newest < cursor).flatten())
         copy.length = cursor
@@ -178,7 +181,7 @@ class Store:
         return number, copy
 
     def copied(self, stream: StreamRecord, places: Tensor) -> StreamRecord:
-        """A stream of some of the rows, in order; its indexes are built when they are needed."""
+        """Copy some rows, in order, into a new record; its indexes are built when needed."""
         copy = self.empty()
         for name in ("keys", "values"):
             rows = getattr(stream, name).rows(0, len(stream.serial))
@@ -194,11 +197,11 @@ class Store:
 
     @torch.no_grad()
     def search(self, number: int, cursor: int, query: Tensor, top_k: int, keys: bool = True) -> Hits:
-        """The top_k rows nearest to each query, best first, as a reader at this cursor sees them.
+        """Retrieve the top_k rows nearest to each query among those visible at a cursor, best first.
 
-        query: [h n k] -> always top_k hits, serial -1 where there are fewer rows. top_k is a multiple
-        of the chunk. keys: whether the hits' keys are wanted, which only a gradient through the scores
-        needs. Raises StoreError for a cursor that cannot be read.
+        query: [h n k] -> always top_k hits, with serial -1 if there are fewer rows. top_k must be a multiple
+        of the chunk. keys: whether to return the hits' keys, needed only for gradients through the scores.
+        Raises StoreError for a cursor that cannot be read.
         """
         stream, c = self.at(number, cursor), self.shape.chunk
         query = query.to(self.dtype)
@@ -221,12 +224,12 @@ class Store:
         )
 
     def rows_at(self, column: Column, place: Tensor) -> Tensor:
-        """Head by head the rows at places: [h n j] -> [h n j k]; zeros in an empty column."""
+        """Gather rows separately for each head: [h n j] -> [h n j k]; zeros if the column is empty."""
         rows = column.take(rearrange(place, "h n j -> h (n j)"))
         return rearrange(rows, "h (n j) k -> h n j k", n=place.shape[1])
 
     def nearest(self, stream: StreamRecord, cursor: int, query: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """The nearest of the searched rows (chunks), best first: scores and places, -1 for none: [h n j]."""
+        """Scores and indices of the nearest rows (or chunks), best first, -1 for none: [h n j]."""
         rows, c = len(stream.means), self.shape.chunk
         seen = stream.visible(cursor)
         if c > 1 and seen is not None:
@@ -238,7 +241,7 @@ class Store:
     def nearest_exactly(
         self, stream: StreamRecord, seen: Tensor | None, query: Tensor, top_k: int
     ) -> tuple[Tensor, Tensor]:
-        """The nearest rows, by comparing all of them."""
+        """The nearest rows by exhaustive comparison."""
         scores = [einsum(query, piece, "h n k, r h k -> h n r") for piece in stream.means.pieces()]
         if not scores:
             return query[..., :0], torch.empty(*query.shape[:2], 0, dtype=torch.int64)
@@ -252,7 +255,7 @@ class Store:
     def nearest_by_index(
         self, stream: StreamRecord, seen: Tensor | None, query: Tensor, top_k: int
     ) -> tuple[Tensor, Tensor]:
-        """The nearest of what an index for each head proposes and of the rows it does not cover yet."""
+        """The nearest rows among the candidates of each head's index and the rows it does not cover yet."""
         if not stream.indexes:
             stream.indexes = [SearchIndex(self.index, self.shape.key_dim) for _ in range(self.shape.heads)]
         h, n, _ = query.shape
@@ -278,20 +281,20 @@ class Store:
         return score, place.gather(-1, best)
 
     def true_scores(self, column: Column, query: Tensor, place: Tensor) -> Tensor:
-        """Inner products of queries and the rows at places, -inf for none: [h n k], [h n j] -> [h n j]."""
+        """Inner products of queries with rows at given indices, -inf at -1: [h n k], [h n j] -> [h n j]."""
         none, pieces = place < 0, list(column.pieces())
         if query.dtype == torch.float32 and len(pieces) == 1:
             rows, lines = rearrange(pieces[0], "r h k -> (r h) k"), lines_of_heads(place)
             return products_at(query, rows, lines.masked_fill(none, -1))
         rows = self.rows_at(column, place.clamp(min=0))
-        if query.dtype == torch.float32:  # to the last bit what the same rows give in one piece
+        if query.dtype == torch.float32:  # bitwise equal to the result for rows in one piece
             h, n, j = place.shape
             lines = rearrange(torch.arange(place.numel()), "(h n j) -> h n j", h=h, n=n, j=j)
             return products_at(query, rearrange(rows, "h n j k -> (h n j) k"), lines.masked_fill(none, -1))
         return einsum(query, rows, "h n k, h n j k -> h n j").masked_fill_(none, -torch.inf)
 
     def weights(self, number: int, cursor: int, serial: Tensor, weight: Tensor) -> Tensor:
-        """The weight with which each row came back, for `append`; serial, weight: [h n j] -> [r]."""
+        """Sum the retrieval weights of each row, for `append`; serial, weight: [h n j] -> [r]."""
         stream = self.at(number, cursor)
         place = torch.searchsorted(stream.serial.newest, serial.clamp(min=0).flatten())
         total = torch.zeros(len(stream.serial), dtype=torch.float64)
@@ -299,12 +302,12 @@ class Store:
         return total.index_add_(0, place, there) if len(total) else total
 
     def note_encoder(self, sketch: Tensor) -> None:
-        """From here on keys are made by the encoder with this sketch: its keys of fixed inputs, [... k]."""
+        """Record the encoder of all later keys by its sketch, its keys for fixed inputs: [... k]."""
         sketch = sketch.detach().float().clone()
         if not self.encoders or not torch.equal(self.encoders[-1], sketch):
             self.encoders.append(sketch)
 
 
 def head_rows(column: Column, head: int, start: int, stop: int) -> np.ndarray:
-    """One head's rows as FAISS takes them: [m k] float32, contiguous."""
+    """One head's rows for FAISS: [m k] float32, contiguous."""
     return np.ascontiguousarray(column.rows(start, stop)[:, head].float().numpy())

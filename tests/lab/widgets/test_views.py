@@ -174,9 +174,9 @@ def test_a_static_view_opens_without_torch(tmp_path, trace):
 
 
 def test_strips_show_zero_to_one_only():
-    with pytest.raises(ValueError, match="numbers from 0 to 3; strips show 0 to 1"):
+    with pytest.raises(ValueError, match="values from 0 to 3; strips show 0 to 1"):
         strips({"a": np.array([0, 3.0])}, ["x", "y"], "T")
-    with pytest.raises(ValueError, match="lines of 2 numbers and 1 words"):
+    with pytest.raises(ValueError, match="lines of 2 values and 1 words"):
         strips({"a": np.array([0, 1.0])}, ["x"], "T")
 
 
@@ -203,7 +203,7 @@ def test_cursor_from_the_browser_reaches_python():
         stage.hear({"type": "cursor", "time": 5, "item": 0})
     with pytest.raises(ValueError, match="no choice order = 'loudest'"):
         stage.go(choice={"order": "loudest"})
-    with pytest.raises(ValueError, match="no action 'pause'; there is none"):
+    with pytest.raises(ValueError, match="no action 'pause'; available: none"):
         stage.hear({"type": "action", "name": "pause"})
     assert (stage.time, stage.item) == (3, 7)
 
@@ -264,10 +264,10 @@ def test_fusion_shows_the_weights_and_who_was_searched_for():
         model(torch.randint(80, (2, 64), generator=torch.Generator().manual_seed(0)))
     view = fusion_over_time(trace, ("attention", "internal", "external"), row=1, segment_length=32)
     rows = dict(zip(view.words["rows"], view.arrays["lines"], strict=True))
-    assert list(rows) == ["attention", "internal", "external", "retrieval gate", "searched for"]
+    assert list(rows) == ["attention", "internal", "external", "retrieval gate", "search"]
     weight = trace["fusion.weight"].at(layer=0, batch=1).values
     for i, name in enumerate(("attention", "internal", "external")):
         assert np.array_equal(rows[name], weight[:, i])
-    assert np.array_equal(rows["searched for"] == 1, rows["retrieval gate"] > 0.5)
-    with pytest.raises(ValueError, match="sources attention, internal: the fusion weighs 3"):
+    assert np.array_equal(rows["search"] == 1, rows["retrieval gate"] > 0.5)
+    with pytest.raises(ValueError, match="sources attention, internal: the fusion has 3 sources"):
         fusion_over_time(trace, ("attention", "internal"))

@@ -211,7 +211,7 @@ def test_the_laws_hold_also_in_training_without_chapters_and_quantised(training,
 
 
 class Pooled(ChapterMemory):
-    """The document's mean of the input, in a stream: a choice that knows the tokens to come."""
+    """The mean of the segment itself in a stream: the choice depends on later tokens (not causal)."""
 
     def summary(self, hidden, state):
         return hidden.mean(1, keepdim=True)
@@ -325,7 +325,7 @@ def test_a_state_of_another_strategy_can_be_read_and_goes_on():
         ({"memory_quant_bits": 9}, "memory_quant_bits = 9: must be at most 8"),
         (
             {"quantize_memory": True, "memory_quant_bits": 4, "memory_dim": 7},
-            "memory_dim = 7: must be even to pack 4 bits",
+            "memory_dim = 7: must be even, because two 4-bit",
         ),
         (
             {
@@ -334,7 +334,7 @@ def test_a_state_of_another_strategy_can_be_read_and_goes_on():
                 "use_low_rank_memory": True,
                 "memory_rank": 7,
             },
-            "memory_rank = 7: must be even to pack 4 bits",
+            "memory_rank = 7: must be even, because two 4-bit",
         ),
         ({"routing_strategy_train": "token"}, "routing_strategy_train = 'token': expected one of sequence"),
         ({"low_rank_mode": "lora"}, "low_rank_mode = 'lora': expected one of factorized, reduced_dim"),

@@ -185,12 +185,12 @@ def test_zeros_stay_zeros(bits):
     ("call", "message"),
     [
         (lambda: quantize_memory_bank(torch.zeros(1, 4), 3), "bits = 3: must be 8 or 4"),
-        (lambda: quantize_memory_bank(torch.zeros(1, 5), 4), "a row of 5 numbers cannot be packed"),
+        (lambda: quantize_memory_bank(torch.zeros(1, 5), 4), "width = 5: must be even"),
         (lambda: quantize_memory_bank(torch.zeros(1, 4), 8, 0), "group_size = 0: must be at least 1"),
         (lambda: quantize_memory_bank(torch.tensor([1.0, torch.inf])), "holds inf or nan"),
         (
             lambda: QuantizedMemoryBank(StandardMemoryBank(2, 5), bits=4),
-            "a row of 5 numbers cannot be packed",
+            "width = 5: must be even",
         ),
     ],
 )

@@ -320,7 +320,7 @@ def test_a_recording_says_which_past_token_came_back(join):
         ({"capacity": 100}, "capacity = 100: must be at least model.segment_length = 512"),
         ({"top_k": 5000}, "top_k = 5000: must be at most memory.external.capacity = 4096"),
         ({"chunk": 3}, "chunk = 3: must divide memory.external.capacity = 4096"),
-        ({"chunk": 4, "eviction": "least_retrieved"}, "chunk = 4: tokens that come back together"),
+        ({"chunk": 4, "eviction": "least_retrieved"}, "chunk = 4: the tokens of a chunk must be evicted"),
     ],
 )
 def test_options_that_cannot_work_are_refused(changes, message):
@@ -332,7 +332,9 @@ def test_options_that_cannot_work_are_refused(changes, message):
 
 
 def test_a_memory_in_the_attention_has_no_residual_branch():
-    with pytest.raises(ConfigError, match=r"memory.fusion = 'residual': memory.external is set to take part"):
+    with pytest.raises(
+        ConfigError, match=r"memory.fusion = 'residual': memory.external is set to be read inside"
+    ):
         override(
             Config(),
             {"memory.kinds": ["external"], "memory.fusion": "residual", "memory.external.join": "heads"}

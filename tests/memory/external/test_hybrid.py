@@ -1,4 +1,4 @@
-"""The hybrid (spec A4): its fusion equation, its retrieval gate, and searches that are really not made."""
+"""The hybrid: fusion equation, retrieval gate, and searches that are really skipped."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_training_always_retrieves_and_weighs(gate):
 @pytest.mark.parametrize("weighted", [True, False])
 @torch.no_grad()
 def test_inference_retrieves_where_sigma_is_above_the_threshold(weighted):
-    """The document's form takes what came back whole; ours as training does."""
+    """Unweighted as in "Architecture Diagrams", or weighted as in training (the default)."""
     built = memory(retrieval_weighted=weighted)
     state, hidden = filled(built), random(B, N, D, seed=40)
     sigma = rearrange(built.retrieval(hidden), "b n -> b n 1")

@@ -148,11 +148,13 @@ def test_states_older_than_what_is_kept_are_refused():
     for _ in range(4):
         cursor = made.streams[0].length
         made.append(0, cursor, items(3, seed=cursor), items(3, dim=V))
-    with pytest.raises(StoreError, match=r"stream 0 at 4: readable from \d+ to 16; go on from a newer state"):
+    with pytest.raises(
+        StoreError, match=r"stream 0 at 4: readable from \d+ to 16; continue from a newer state"
+    ):
         made.search(0, 4, keys, 1)
     with pytest.raises(StoreError, match="readable"):
         made.search(0, 17, keys, 1)
-    with pytest.raises(StoreError, match=r"stream 7: this store has given out 0 … 0"):
+    with pytest.raises(StoreError, match=r"stream 7: the streams of this store are 0 … 0"):
         made.search(7, 0, keys, 1)
 
 

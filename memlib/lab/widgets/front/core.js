@@ -1,5 +1,5 @@
-// What every view of the lab shares: decoding, colours, the stage with its controls, the cursor.
-// No imports and no requests, so that the same text runs in Jupyter, in a page and from a file.
+// Code shared by all views: decoding, colours, the stage with its controls, the cursor.
+// No imports and no requests, so that the same file works in Jupyter, in a page and from disk.
 //
 // A view is a function (frame) => behaviour, registered by name in `views`. A frame is what Python's
 // `View` packs: {kind, title, summary, times, items, unit, words …, arrays: {name: {data, shape}}}.
@@ -26,7 +26,7 @@ function decode(buffer) {
   return { ...frame, arrays };
 }
 
-// A number as a person reads it; values that were rounded to fit a page say so.
+// Format a number; values that were rounded to fit a page begin with ≈.
 function exact(value, step = 0) {
   if (!Number.isFinite(value)) return "none";
   if (Number.isInteger(value) && !step) return String(value);
@@ -34,14 +34,14 @@ function exact(value, step = 0) {
   return (step ? "≈ " : "") + value.toFixed(digits);
 }
 
-// For axes and legends: three digits, and no more zeros than it needs.
+// Format for axes and legends: three digits, no trailing zeros.
 const brief = (value) => String(Number(value.toPrecision(3)));
 
 const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
 
 // ---------------------------------------------------------------------------------------------- colour
 
-// cividis: even steps for the eye, and the same for colour-blind readers.
+// cividis: perceptually uniform, and safe for colour-blind readers.
 const CIVIDIS = ["00224e", "003170", "2a3f6d", "434e6c", "575d6d", "6a6c71", "7d7c78", "918b78", "a59c74",
   "bcae6c", "d2c060", "e9d34e", "fee838"].map((h) => [0, 2, 4].map((i) => parseInt(h.slice(i, i + 2), 16)));
 
@@ -52,9 +52,9 @@ function cividis(x) {
 
 const PALETTE = Array.from({ length: 256 }, (_, i) => cividis(i / 255));
 const rgb = (x) => `rgb(${PALETTE[Math.round(clamp(x, 0, 1) * 255)].join()})`;
-const onColour = (x) => (x > 0.55 ? "#000" : "#fff"); // the ink that reads on rgb(x)
+const onColour = (x) => (x > 0.55 ? "#000" : "#fff"); // readable text colour on rgb(x)
 
-// One colour a role, the same in every picture of the lab.
+// One colour per role, the same in every picture of the lab.
 const ROLE = { input: "#0072b2", forget: "#d55e00", output: "#009e73", memory: "#0072b2", attention: "#7a7a7a",
   written: "#0072b2", read: "#d55e00", loss: "#7a7a7a" };
 const SERIES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a7a7a", "#b58900"];
@@ -77,7 +77,7 @@ class Painter {
     this.tile ||= document.createElement("canvas");
   }
 
-  // A matrix as colours: values(i) in 0 … 1 or NaN, row by row.
+  // Draw a matrix as colours: values(i) in 0 … 1 or NaN, row by row.
   cells(x, y, width, height, columns, rows, values) {
     this.tile.width = columns;
     this.tile.height = rows;
@@ -117,7 +117,7 @@ class Painter {
     this.ctx.fillRect(x, y, width, height);
   }
 
-  // Black inside white: seen on every colour of the map.
+  // A black outline inside a white one is visible on every colour.
   mark(x, y, width, height) {
     const ctx = this.ctx;
     ctx.lineWidth = 3;
@@ -128,7 +128,7 @@ class Painter {
     ctx.strokeRect(x - 1, y - 1, width + 2, height + 2);
   }
 
-  // The legend of a colour map, right-aligned at x.
+  // Draw the legend of the colour map, right-aligned at x.
   legend(x, y, low, high, label) {
     const width = 90;
     this.cells(x - width - 34, y - 5, width, 10, 64, 1, (i) => i / 63);
@@ -140,7 +140,7 @@ class Painter {
 
 // ------------------------------------------------------------------------------------------- the stage
 
-// Jupyter loads this text once a widget: what the views of a page share must be the page's own.
+// Jupyter loads this file once per widget, so state shared by views must be global to the page.
 const shared = (globalThis.memlib ||= { bus: new EventTarget(), stages: 0 });
 
 function element(name, attributes = {}, ...children) {
@@ -153,7 +153,7 @@ function element(name, attributes = {}, ...children) {
   return node;
 }
 
-// Drawn and not written: not every font has the signs of a tape recorder.
+// SVG icons, because not every font has the symbols of media players.
 const ICONS = { first: "M3 3h2v10H3zM13 3v10L6 8z", back: "M11 3v10L4 8z", play: "M4 2l10 6-10 6z",
   pause: "M4 3h3v10H4zM9 3h3v10H9z", forward: "M5 3v10l7-5z", last: "M11 3h2v10h-2zM3 3v10l7-5z" };
 const icon = (name) => `<svg viewBox="0 0 16 16" width="14" height="14" aria-hidden="true">` +
@@ -161,8 +161,8 @@ const icon = (name) => `<svg viewBox="0 0 16 16" width="14" height="14" aria-hid
 
 const calm = () => globalThis.matchMedia("(prefers-reduced-motion: reduce)").matches;
 
-// Build a view inside `root`. Returns {show(frame), go(change), free()}; `tell(message)` hears of what a
-// person does: {type: "cursor", time, item, choice} and {type: "action", name}.
+// Build a view inside `root`. Returns {show(frame), go(change), free()}. `tell(message)` receives the user's
+// actions: {type: "cursor", time, item, choice} and {type: "action", name}.
 function mount(root, firstFrame, tell = () => {}) {
   const id = `memlib-${++shared.stages}`;
   const cursor = { time: 0, item: 0, pin: null, choice: {} };
@@ -186,7 +186,7 @@ function mount(root, firstFrame, tell = () => {}) {
   const tip = element("div", { class: "memlib-tip", role: "presentation", hidden: "" });
   const readout = element("p", { class: "memlib-readout", "aria-live": "polite" });
   const numbers = element("details", { class: "memlib-numbers", ontoggle: () => fillTable() },
-    element("summary", {}, "Numbers of this moment"), element("div", { tabindex: 0, role: "group" }));
+    element("summary", {}, "Values at this position"), element("div", { tabindex: 0, role: "group" }));
   const title = element("figcaption", { id });
   const about = element("p", { class: "memlib-about" });
   const figure = element("figure", { class: "memlib", "aria-labelledby": id }, title, transport, extras,
@@ -205,7 +205,7 @@ function mount(root, firstFrame, tell = () => {}) {
     view = views[frame.kind](frame);
     figure.dataset.kind = frame.kind;
     title.textContent = frame.title;
-    numbers.lastElementChild.setAttribute("aria-label", `Numbers of ${frame.title}`);
+    numbers.lastElementChild.setAttribute("aria-label", `Values of ${frame.title}`);
     about.textContent = frame.summary;
     for (const [name, values] of Object.entries(frame.choices)) {
       if (!values.includes(cursor.choice[name])) cursor.choice[name] = values[0];
@@ -221,7 +221,7 @@ function mount(root, firstFrame, tell = () => {}) {
     refresh();
   }
 
-  // Controls are rebuilt only when they differ: a live view must not take the focus from a person.
+  // Rebuild controls only when they change, so that a live view does not take away the focus.
   function buildExtras() {
     const actions = view.actions || [];
     const wanted = JSON.stringify([frame.choices, actions.map((a) => a.label)]);
@@ -256,7 +256,7 @@ function mount(root, firstFrame, tell = () => {}) {
     link.click();
   }
 
-  // The one way to move: a change of time, item, pin or choice, from a person or from another view.
+  // Every move goes through here: a change of time, item, pin or choice, by the user or by another view.
   function set(change, { heard = false } = {}) {
     const before = JSON.stringify(cursor);
     Object.assign(cursor, change);
@@ -272,7 +272,7 @@ function mount(root, firstFrame, tell = () => {}) {
     later();
   }
 
-  // At most ten messages a second to the kernel, the last one always.
+  // Send at most ten messages per second to the kernel; the last one is always sent.
   let waiting = null;
   function later() {
     waiting ||= setTimeout(() => {
@@ -362,7 +362,7 @@ function mount(root, firstFrame, tell = () => {}) {
     else return;
     event.preventDefault();
   });
-  // What is typed here is meant for the view, not for the notebook around it.
+  // Keys pressed in a view must not reach the notebook around it.
   figure.addEventListener("keydown", (event) => {
     if (event.key !== "Tab") event.stopPropagation();
   });

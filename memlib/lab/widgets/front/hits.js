@@ -1,4 +1,4 @@
-// Retrieval hits: for one token, what came back in each head: its words, its place, its score, its weight.
+// Retrieval hits of one token in each head: the retrieved token, its position, score and weight.
 views.hits = (frame) => {
   const { tokens, layers, segment_length: length, marked } = frame.words, n = tokens.length;
   const { source, score, weight, gate, search } = frame.arrays, [, heads, , hits] = source.shape;
@@ -28,8 +28,8 @@ views.hits = (frame) => {
   function describe(t, item, cursor) {
     const l = layerOf(cursor), k = at(l, t, item), u = source.data[k];
     let text = `${say(t)}, layer ${layers[l]}, head ${Math.floor(item / hits)}, hit ${(item % hits) + 1} of ${hits}: `;
-    if (skipped(l, t)) text += "not searched for";
-    else if (u < 0) text += "nothing came back";
+    if (skipped(l, t)) text += "search skipped";
+    else if (u < 0) text += "no hit";
     else text += `${say(u)} after “${under(u)}”` + (length ? ` (${long(u)})` : "") +
       `, score ${exact(score.data[k], score.step)}, weight ${exact(weight.data[k], weight.step)}`;
     return text + (gate ? `; retrieval gate ${exact(gate.data[l * n + t], gate.step)}` : "");
@@ -55,7 +55,7 @@ views.hits = (frame) => {
     for (let i = 0; i < heads * hits; i++) {
       const [left, y] = corner(i), k = at(l, t, i), u = source.data[k], w = weight.data[k];
       if (u < 0) {
-        g.text(i % hits ? "–" : skipped(l, t) ? "not searched" : "nothing", left + 8, y + tall / 2, { colour: g.faint });
+        g.text(i % hits ? "–" : skipped(l, t) ? "skipped" : "no hit", left + 8, y + tall / 2, { colour: g.faint });
         continue;
       }
       g.rect(left, y, wide - 4, tall - 3, rgb(w));
@@ -97,14 +97,14 @@ views.hits = (frame) => {
       return py >= top && column < columns && h < heads && rank >= 0 && rank < hits ? { item: h * hits + rank } : null;
     },
     where: (t) => `token ${t} of ${n - 1}` + (length ? `, segment ${Math.floor(t / length)}` : ""),
-    table: (cursor) => [["layer", "head", "hit", "token", "filed under", "score", "weight"],
+    table: (cursor) => [["layer", "head", "hit", "token", "previous token", "score", "weight"],
       ...Array.from({ length: heads * hits }, (_, i) => [i, at(layerOf(cursor), cursor.time, i)])
         .filter(([, k]) => source.data[k] >= 0)
         .map(([i, k]) => [layers[layerOf(cursor)], Math.floor(i / hits), (i % hits) + 1, say(source.data[k]),
           under(source.data[k]), exact(score.data[k], score.step), exact(weight.data[k], weight.step)])],
     actions: [
-      { label: asked.size ? "Next question" : "Next sure hit", key: "n", run: (cursor) => next(cursor, 1) },
-      { label: asked.size ? "Previous question" : "Previous sure hit", key: "b", run: (cursor) => next(cursor, -1) },
+      { label: asked.size ? "Next question" : "Next strong hit", key: "n", run: (cursor) => next(cursor, 1) },
+      { label: asked.size ? "Previous question" : "Previous strong hit", key: "b", run: (cursor) => next(cursor, -1) },
       { label: "Next head", key: "h", run: (cursor) => ({ item: (cursor.item + hits) % (heads * hits) }) },
       { label: "Go to this hit", key: "g", run: (cursor) => {
         const u = source.data[at(layerOf(cursor), cursor.time, cursor.item)];

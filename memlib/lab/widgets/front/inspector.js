@@ -1,4 +1,4 @@
-// One slot: who wrote it, who reads it, how its content drifts, and what the model says without it.
+// One slot: its writers, its readers, the drift of its content, and the model's answers without it.
 views.inspector = (frame) => {
   const { tokens, slots, names, questions, segment_length: length } = frame.words, n = tokens.length;
   const { written, read, drift, before, alone, together } = frame.arrays;

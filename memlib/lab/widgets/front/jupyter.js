@@ -1,10 +1,9 @@
-// The live face: anywidget hands over the model whose `frame` holds the packed view.
+// The widget in Jupyter: anywidget passes the model; its `frame` holds the packed view.
 const copied = (view) => view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength);
 
 function render({ model, el }) {
   const stage = mount(el, decode(copied(model.get("frame"))), (message) => model.send(message));
-  // A view that grows while it is watched: only the newest push of a screen's refresh is drawn, and none
-  // that came before a frame that is kept.
+  // A growing view: only the newest push per screen refresh is drawn, and no push older than the stored frame.
   let newest = null;
   const changed = () => {
     newest = null;

@@ -1,4 +1,4 @@
-// The hierarchy of states: four levels and the banks of the last one, over the tokens of a stream.
+// The hierarchy of states: four levels, and the banks of the last level, over the tokens of a stream.
 views.levels = (frame) => {
   const { tokens, rows, levels, half_lives: halves, segment_length: length } = frame.words;
   const { level, bounds, block, nothing, read, written, filled, left, norm } = frame.arrays;
@@ -30,18 +30,18 @@ views.levels = (frame) => {
   };
 
   function describe(t, row) {
-    const reads = `${say(t)}, ${rows[row]}${row < levels ? "" : " segments"}: ${exact(share(t, row), level.step)} of its reading`;
+    const reads = `${say(t)}, ${rows[row]}${row < levels ? "" : " segments"}: ${exact(share(t, row), level.step)} of its read`;
     if (row === 1) {
       const m = best(blocks, (i) => weight(t, i)), fill = filled.data[t];
-      return `${reads}; ${complete(t)} blocks are complete` + (m < 0 ? "" : `, most looked at: tokens ${bounds.data[2 * m]}–` +
-        `${bounds.data[2 * m + 1]} ${exact(weight(t, m), block.step)}`) + `, nothing ${exact(nothing.data[t], nothing.step)}` +
+      return `${reads}; ${complete(t)} blocks are complete` + (m < 0 ? "" : `, most weight: tokens ${bounds.data[2 * m]}–` +
+        `${bounds.data[2 * m + 1]} ${exact(weight(t, m), block.step)}`) + `, empty block ${exact(nothing.data[t], nothing.step)}` +
         `; its own block is ${exact(fill, filled.step)} full`;
     }
     if (row === 2) return `${reads}; the mean of ${past(t)} tokens`;
     if (row < levels) return reads;
     const k = row - levels, u = best(past(t), (i) => remains(t, i, k));
     return `${reads}; it writes ${exact(written.data[t * banks + k], written.step)}` +
-      (u < 0 ? "; nothing is there yet" : `; most is left of ${say(u)}: ${exact(remains(t, u, k), left.step)}`);
+      (u < 0 ? "; nothing written yet" : `; most remains of ${say(u)}: ${exact(remains(t, u, k), left.step)}`);
   }
 
   function sees(g, t) {
@@ -72,11 +72,11 @@ views.levels = (frame) => {
   function paint(g, cursor) {
     span = g.width - start - bar;
     const t = cursor.time, mode = cursor.choice.show;
-    const label = { [SEES]: "banks: what is left", [WRITES]: "banks: written" }[mode];
-    const above = { [SEES]: "of its reading, 0 to 1", [WRITES]: "how full, 0 to 1" }[mode];
+    const label = { [SEES]: "banks: what remains", [WRITES]: "banks: written" }[mode];
+    const above = { [SEES]: "weight in its read, 0 to 1", [WRITES]: "how full, 0 to 1" }[mode];
     if (above && span > 250) g.text(above, start - 8, 10, { align: "right", size: 11, colour: g.faint });
-    g.legend(start + span, 10, "0", brief(mode === SEES ? peak.left : mode === WRITES ? peak.written : 1), label || "share of the reading");
-    g.text("of its reading", g.width - 4, 10, { align: "right", size: 11, colour: g.faint });
+    g.legend(start + span, 10, "0", brief(mode === SEES ? peak.left : mode === WRITES ? peak.written : 1), label || "weight in the read");
+    g.text("weight in its read", g.width - 4, 10, { align: "right", size: 11, colour: g.faint });
     if (mode === SEES) sees(g, t);
     else strips(g, mode);
     for (let row = 0; row < levels + banks; row++) {
@@ -111,9 +111,9 @@ views.levels = (frame) => {
       return row < levels + banks ? { time: t, item: row } : { time: t };
     },
     where: (t) => `token ${t} of ${n - 1}, segment ${segment(t)}`,
-    table: (cursor) => [["level or bank", "of its reading", "written"], ...rows.map((name, row) => [name,
+    table: (cursor) => [["level or bank", "weight in its read", "written"], ...rows.map((name, row) => [name,
       exact(share(cursor.time, row), level.step),
       row < levels ? "" : exact(written.data[cursor.time * banks + row - levels], written.step)])],
-    actions: [{ label: "Next block complete", key: "n", run: nextBorder }],
+    actions: [{ label: "Next completed block", key: "n", run: nextBorder }],
   };
 };

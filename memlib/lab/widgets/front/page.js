@@ -1,4 +1,4 @@
-// The face that works from disk: each figure's packed view stands beside it in the page.
+// Views in an HTML file: each script element holds one packed view.
 async function inflate(text) {
   const packed = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));

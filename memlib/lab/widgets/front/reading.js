@@ -1,4 +1,4 @@
-// Reading over text: how much each token takes from memory, and which earlier tokens that came from.
+// Reading over text: how much each token reads from memory, and from which earlier tokens.
 views.reading = (frame) => {
   const { tokens, segment_length: length, marked, amount_label: label } = frame.words, n = tokens.length;
   const { amount, source, weight } = frame.arrays, hits = source.shape[1], top = 24;
@@ -9,7 +9,7 @@ views.reading = (frame) => {
   function measure(width) {
     const room = width - edge, least = small ? 6 : Math.min(74, 14 + 8 * widest);
     columns = Math.max(1, Math.floor(room / least));
-    // A row a segment as long as its words can be read: rows that wrap elsewhere hide where one begins.
+    // One row per segment if the words are readable then: other line breaks hide where a segment begins.
     if (length && room >= length * (small ? 6 : Math.min(74, 8 * widest))) columns = length;
     wide = Math.min(room / columns, small ? 12 : 74);
   }

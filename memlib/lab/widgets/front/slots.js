@@ -1,9 +1,9 @@
-// Memory slots through time: every slot a cell, bank by bank, and the life of the one you follow.
+// Memory slots over time: one cell per slot, bank by bank, and a chart of the selected slot.
 views.slots = (frame) => {
   const { banks, segment_length: length } = frame.words, slots = frame.items, each = slots / banks;
   const across = Math.min(banks, 4), down = Math.ceil(banks / across), gap = 12, top = 24, life = 64;
   const wanted = Math.ceil(Math.sqrt(each * (banks > 1 ? 1.6 : 5)));
-  // A number of columns that leaves no ragged last line, where there is one near.
+  // Choose a number of columns that fills the last line, if there is one nearby.
   const even = Array.from({ length: wanted }, (_, i) => wanted + (i >> 1) * (i % 2 ? 1 : -1)).find((c) =>
     c > 0 && each % c === 0 && c < 1.5 * wanted && c > wanted / 1.5);
   const columns = even || wanted, lines = Math.ceil(each / columns);
@@ -16,11 +16,11 @@ views.slots = (frame) => {
     for (const m of used) for (let t = 0; t < frame.times; t++) if (value(m, t, s) > 0.05) return 0;
     return used.length ? 1 : 0;
   });
-  const dying = dead.reduce((a, b) => a + b, 0);
+  const unused = dead.reduce((a, b) => a + b, 0);
   const orders = {};
   let side = 10, tall = 10, bankWidth = 0;
 
-  // Which slot stands at a place of its bank, and where a slot stands.
+  // The slot at each position of its bank, and the position of each slot.
   function order(cursor) {
     const key = cursor.choice.order === "index" ? "index" : `${cursor.choice.order} ${cursor.choice.show}`;
     if (orders[key]) return orders[key];
@@ -57,7 +57,7 @@ views.slots = (frame) => {
     lastCursor = cursor;
     const show = cursor.choice.show, { slot, place } = order(cursor), t = cursor.time;
     g.legend(g.width - 4, 10, "0", brief(peak[show]), show);
-    g.text(used.length && g.width > 520 ? `${dying} of ${slots} slots were never written or read (×)` : "", 0, 10,
+    g.text(used.length && g.width > 520 ? `${unused} of ${slots} slots were never written or read (×)` : "", 0, 10,
       { size: 11, colour: g.faint });
     for (let b = 0; b < banks; b++) {
       const [x, y] = corner(b * each);
@@ -117,6 +117,6 @@ views.slots = (frame) => {
     table: (cursor) => [["slot", ...measures], ...Array.from({ length: slots }, (_, s) => s)
       .sort((a, b) => value(cursor.choice.show, cursor.time, b) - value(cursor.choice.show, cursor.time, a))
       .slice(0, 20).map((s) => [s, ...measures.map((m) => exact(value(m, cursor.time, s), frame.arrays[m].step))])],
-    actions: used.length ? [{ label: "Next dead slot", key: "d", run: next }] : [],
+    actions: used.length ? [{ label: "Next unused slot", key: "d", run: next }] : [],
   };
 };

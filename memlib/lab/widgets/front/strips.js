@@ -1,4 +1,4 @@
-// Numbers in 0 … 1 that go on together: a colour strip and a line each, the words under the cursor.
+// Several values in 0 … 1 over the same positions: a colour strip and a line each, with labels at the cursor.
 views.strips = (frame) => {
   const { rows, places, segment_length: length, gates } = frame.words, { data, step } = frame.arrays.lines;
   const [low, high] = gates || [-1, 2]; // below low a gate is shut, above high it is open
@@ -59,7 +59,7 @@ views.strips = (frame) => {
     for (const r of order) {
       const points = Array.from({ length: n }, (_, t) => [x(t), y(value(r, t))]);
       g.ctx.globalAlpha = r === cursor.item ? 1 : 0.45;
-      // A colour that comes back is dashed, in the line and in its legend.
+      // A repeated colour is dashed, in the line and in its legend.
       const colour = colourOf(rows[r].split(",")[0], r), again = r >= SERIES.length;
       g.line(points, colour, r === cursor.item ? 2.5 : 1.5, again ? [5, 3] : []);
       g.ctx.globalAlpha = 1;
@@ -97,8 +97,8 @@ views.strips = (frame) => {
   };
 };
 
-// The tokens, the one under the cursor marked: each below its own place where there is room for all,
-// else those around the cursor, between dots for those left out.
+// Draw token names with the one at the cursor marked: each below its position if all fit, else those around
+// the cursor, with dots for omitted ones.
 function readAlong(g, tokens, time, left, y, span) {
   const n = tokens.length, place = span / n;
   g.ctx.font = `600 12px ${g.font}`;

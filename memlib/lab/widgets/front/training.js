@@ -1,4 +1,4 @@
-// A run as it trains: the loss, and what else is measured between 0 and 1.
+// A training run: the loss, and other measured values in 0 … 1.
 views.training = (frame) => {
   const { names, state, chance } = frame.words, { steps, loss, parts } = frame.arrays, n = frame.times;
   const left = 46, top = 24, tall = 170, gap = 60;
@@ -6,7 +6,7 @@ views.training = (frame) => {
   const last = Math.max(steps.data[n - 1], 1), peak = loss.data.reduce((a, b) => Math.max(a, b), 1e-9);
   const x = (i, from) => from + (steps.data[i] / last) * span;
   const part = (k, i) => parts.data[k * n + i];
-  const said = (k, i) => (part(k, i) < 0 ? "not yet measured" : exact(part(k, i)));
+  const said = (k, i) => (part(k, i) < 0 ? "not measured yet" : exact(part(k, i)));
   function panel(g, from, label, high) {
     g.text(label, from, 10, { bold: true });
     for (const v of [0, 0.5, 1]) {
