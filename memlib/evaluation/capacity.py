@@ -26,6 +26,7 @@ from memlib.memory.hds import HdsState
 from memlib.memory.ring import RingState
 
 MILLION = 1_000_000
+PLACES = {"slot", "block", "bank"}  # axes along which a state holds one thing beside another
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Capacity:
-    """The state of one stream in one memory; float32, bfloat16: bytes with weights of that type."""
+    """The state of one stream in one memory; nbytes: of all of it, counters included."""
 
     name: str
     parts: list[Part]
-    float32: int
-    bfloat16: int
+    nbytes: int
 
     def part(self, name: str) -> Part:
         (found,) = (part for part in self.parts if part.name == name)
@@ -74,14 +74,15 @@ def capacity(kind: str, hidden_dim: int, name: str = "", **options: Any) -> Capa
     with torch.device("meta"):
         memory = MEMORIES[kind](config, hidden_dim)
         state = memory.init_state(1)
-        small = memory.to(torch.bfloat16).init_state(1)
-    return Capacity(name or kind, parts_of(state, config), state.nbytes, small.nbytes)
+    return Capacity(name or kind, parts_of(state, config), state.nbytes)
 
 
 def parts_of(state: State, config: Any) -> list[Part]:
     """The tensors of a state that store content.
 
-    For other memories: every floating-point tensor of shape [b … e] with at least three axes.
+    For other memories: every floating-point tensor with at least two axes beside the batch. Its axes tell its
+    places (slots, blocks, banks); a tensor without any, such as a matrix of keys by values, is one place that
+    averages the whole stream.
     """
     if isinstance(state, HdsState):
         blocks, banks = state.level_1.blocks, state.banks
@@ -100,11 +101,13 @@ def parts_of(state: State, config: Any) -> list[Part]:
     if isinstance(state, ExternalState):
         h, c, k = state.keys.shape[1:]
         return [Part("pairs", c, 2 * h * k)]
-    return [
-        Part(name, prod(tensor.shape[1:-1]), tensor.shape[-1])
-        for name, tensor in state.named_tensors()
-        if tensor.is_floating_point() and tensor.ndim > 2
-    ]
+    parts = []
+    for name, tensor, labels in state.labelled_tensors():
+        if tensor.is_floating_point() and tensor.ndim > 2:
+            places = prod(n for axis, n in zip(labels, tensor.shape, strict=True) if axis in PLACES)
+            each = 1 if PLACES & set(labels) else None
+            parts.append(Part(name, places, tensor[0].numel() // places, each))
+    return parts
 
 
 def defaults(hidden_dim: int) -> list[Capacity]:
@@ -128,7 +131,7 @@ def designs() -> dict[str, Capacity]:
 def table(capacities: Sequence[Capacity]) -> str:
     """A Markdown table with one row for each part of each memory."""
     head = ["memory", "part", "places", "width", "values", "tokens", "of a million"]
-    head += ["whole state, fp32", "bf16"]
+    head += ["bytes of the whole state"]
     rows = []
     for held in capacities:
         for i, part in enumerate(held.parts):
@@ -137,7 +140,7 @@ def table(capacities: Sequence[Capacity]) -> str:
                 ["" if i else held.name, part.name]
                 + [f"{part.places:,}", f"{part.width:,}", f"{part.values:,}"]
                 + ([f"{tokens:,}", f"{tokens / MILLION:.2%}"] if tokens else ["all", "–"])
-                + (["", ""] if i else [size(held.float32), size(held.bfloat16)])
+                + ["" if i else size(held.nbytes)]
             )
     return markdown(head, rows)
 
@@ -162,7 +165,8 @@ counts capacity. It does not measure recall: the README's tables and the diary d
 **places** is the number of slots, blocks or pairs that store content; **width** is the number of values in
 one. **tokens** counts a place as one token, and a block or a summary as the tokens it averages. A bank mixes
 all tokens that are written to one slot, so for a bank this number is neither guaranteed nor a limit. A ring,
-a store and pairs keep each token separately. The **whole state** includes counters, which are integers.
+a store and pairs keep each token separately. The **whole state** includes counters, which are integers; its real
+numbers are float32 whatever the type of the weights.
 
 ## Default sizes
 

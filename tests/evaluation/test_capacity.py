@@ -24,10 +24,9 @@ def test_the_stored_page_is_up_to_date():
 def test_bytes_are_those_of_a_real_state(kind):
     real = MEMORIES[kind](getattr(Config().memory, kind), 768)
     found = capacity(kind, 768)
-    assert found.float32 == real.init_state(1).nbytes
-    assert found.bfloat16 == real.to(torch.bfloat16).init_state(1).nbytes
+    assert found.nbytes == real.init_state(1).nbytes == real.to(torch.bfloat16).init_state(1).nbytes
     content = sum(part.values for part in found.parts)
-    assert 0.98 < 4 * content / found.float32 <= 1 or kind == "ltm"  # 512 ages beside narrow slots
+    assert 0.98 < 4 * content / found.nbytes <= 1 or kind == "ltm"  # 512 ages beside narrow slots
     assert f"| {kind} | {found.parts[0].name} | {found.parts[0].places:,} |" in page()
 
 
@@ -55,7 +54,7 @@ def test_the_design_is_what_a_model_of_it_would_carry():
     sizes |= {"memory.kinds": ["hds"], "model.intermediate_dim": 8, "memory.hds.num_slots": 16}
     for sharing, states in (("shared", 1), ("per_layer", 2)):
         model = MemoryTransformer(override(Config(), sizes | {"memory.memory_sharing": sharing}))
-        assert model.init_state(1).nbytes == states * capacity("hds", 64, num_slots=16).float32
+        assert model.init_state(1).nbytes == states * capacity("hds", 64, num_slots=16).nbytes
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,18 @@ class Unknown(State):
 def test_a_memory_nobody_named_counts_what_holds_content():
     state = Unknown(torch.zeros(1, 3, 5, 7), torch.zeros(1, 4, 4, dtype=torch.int64))
     assert parts_of(state, None) == [Part("banks", 15, 7)]
+
+
+@dataclass(frozen=True)
+class Matrices(State):
+    """Four heads of a linear memory."""
+
+    matrix: Tensor = axes("batch head feature value")
+
+
+def test_matrices_of_keys_and_values_hold_no_number_of_tokens():
+    (part,) = parts_of(Matrices(torch.zeros(1, 4, 64, 64)), None)
+    assert (part.places, part.width, part.tokens) == (1, 4 * 64 * 64, None)
 
 
 def test_sizes_are_read_easily():
