@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memlib.memory.quantization import dequantize_memory_bank, quantize_memory_bank
+from memlib.memory.chapters.quantization import dequantize_memory_bank, quantize_memory_bank
 from memlib.ops import dequantize, dequantize_reference, quantized_read, quantized_read_reference
 
 
