@@ -103,7 +103,7 @@ class SelfAttention(nn.Module):
         """Attention over the window, before W_o; logsumexp: also return that of the scores."""
         q, k, v = heads
         if self.rotary is not None:
-            q, k = self.rotary(torch.cat((q, k)), past_keys.shape[-2]).chunk(2)
+            q, k = (self.rotary(part, past_keys.shape[-2]) for part in (q, k))
         keys, values = k, v
         if past_keys.shape[-2]:
             keys = torch.cat((past_keys.to(k.dtype), k), -2)

@@ -40,6 +40,7 @@ from memlib.ops.quantized import (
     quantized_read_reference,
 )
 from memlib.ops.rms_norm import rms_norm, rms_norm_reference
+from memlib.ops.rotary import rotate, rotate_reference
 from memlib.ops.rows import put_rows, put_rows_reference, take_rows, take_rows_reference
 from memlib.ops.search import (
     TIE,
@@ -94,6 +95,8 @@ __all__ = [
     "read_at",
     "rms_norm",
     "rms_norm_reference",
+    "rotate",
+    "rotate_reference",
     "selected_scores",
     "selected_scores_reference",
     "selected_sum",
