@@ -6,10 +6,11 @@ Axes: b batch, n tokens, s slots, d hidden, h books, k key width.
 from __future__ import annotations
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor, nn
 
 from memlib.nn.linear import Linear, vectors_for_scalars
+from memlib.ops import addressed_weights
 
 
 class SlotAddress(nn.Module):
@@ -42,8 +43,8 @@ class SlotAddress(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         query = rearrange(self.proj(features), "b n (h k) -> b n h k", h=self.num_heads)
-        score = einsum(query, self.table, "b n h k, h s k -> b n h s")
-        return rearrange(torch.softmax(self.sharpness * score, -1), "b n h s -> b n (h s)")
+        weight = addressed_weights(query, self.table, self.sharpness)
+        return rearrange(weight, "b n h s -> b n (h s)")
 
 
 def identity_slots(num_slots: int, dim: int) -> Tensor:

@@ -17,6 +17,7 @@ and what only some ask for, by an attribute of the class:
 
     uses_ids     read and write also get the token ids of the window (n-gram tables)
     uses_heads   write also gets the layer's own keys and values of the segment (Infini-attention)
+    uses_logsumexp   mix also gets the log-sum-exp of the window's scores (`AttentionHeads`)
 
 A memory that brings tokens of its own into the window attends to them in `mix`, through the layer's own
 projections (`AttentionHeads.attend_to`).
@@ -63,8 +64,9 @@ class AttentionHeads:
 
     hidden: [b n d], what the heads were made of; queries, keys, values: [b h n k] of the new tokens,
     without positions; attended: [b h n k], the window's attention with the share of memories before this
-    one; logsumexp() -> [b h n], of each query's scores in the window; project(tokens [b m d]) -> keys and
-    values [b h m k] of other tokens, by the layer's own projections.
+    one; logsumexp: [b h n], of each query's scores in the window, None unless a memory of the layer
+    `uses_logsumexp`; project(tokens [b m d]) -> keys and values [b h m k] of other tokens, by the layer's own
+    projections.
     """
 
     hidden: Tensor
@@ -72,7 +74,7 @@ class AttentionHeads:
     keys: Tensor
     values: Tensor
     attended: Tensor
-    logsumexp: Callable[[], Tensor]
+    logsumexp: Tensor | None
     project: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -87,6 +89,7 @@ class Memory(nn.Module, ABC):
     shares_state = True
     uses_ids = False
     uses_heads = False
+    uses_logsumexp = False
 
     def __init__(self, config: MemoryOptions, hidden_dim: int) -> None:
         super().__init__()

@@ -6,8 +6,14 @@ weight decay (gates that share the weights' rate tend not to move; see docs/desi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memlib.nn.linear import shifted
 
 
 class Gate(nn.Linear):
@@ -24,6 +30,18 @@ class Gate(nn.Linear):
             return
         nn.init.zeros_(self.weight)
         nn.init.constant_(self.bias, self.initial_bias)
+
+
+def gates_of_pairs(hidden: Tensor, gates: Sequence[Gate]) -> list[Tensor]:
+    """Logits of gates that see [x_t, x_{t-1}], in one product and without the pairs themselves.
+
+    hidden: [b n d]; gates of 2 d features -> [b n out] of each.
+    """
+    sizes = [gate.out_features for gate in gates]
+    weight = rearrange(torch.cat([gate.weight for gate in gates]), "o (two d) -> (two o) d", two=2)
+    bias = torch.cat([gate.bias for gate in gates])
+    now, before = F.linear(hidden, weight).chunk(2, -1)
+    return list((now + shifted(before) + bias.to(now.dtype)).split(sizes, -1))
 
 
 class HeadGate(nn.Module):

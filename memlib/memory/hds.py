@@ -29,18 +29,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from einops import einsum, rearrange, reduce, repeat
+from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlib.config import HdsMemoryConfig
 from memlib.memory.address import SlotAddress
 from memlib.memory.base import Memory, State, axes, zeros
-from memlib.memory.gates import Gate
+from memlib.memory.gates import Gate, gates_of_pairs
 from memlib.nn.hook_point import HookPoint
-from memlib.nn.linear import Linear, shifted
+from memlib.nn.linear import Linear
+from memlib.ops import (
+    decaying_write,
+    memory_attention,
+    memory_attention_weights,
+    mix,
+    read_at,
+    token_shift,
+)
 
 LEVELS = 4
 
@@ -101,7 +110,7 @@ class HdsMemory(Memory):
         ]
         weight = torch.softmax(self.gate(hidden), -1)
         self.level_point(weight)
-        return einsum(weight, torch.stack(levels, -2), "b n l, b n l d -> b n d")
+        return mix(weight, levels)
 
     def write(self, hidden: Tensor, state: HdsState, mask: Tensor) -> HdsState:
         return HdsState(
@@ -148,11 +157,12 @@ class BlockLevel(nn.Module):
     def read(self, hidden: Tensor, state: BlockState) -> Tensor:
         empty = repeat(self.empty_key, "d -> b 1 d", b=len(hidden))
         keys = torch.cat((empty, self.k_proj(state.blocks)), 1)
-        score = einsum(self.q_proj(hidden), keys, "b n d, b r d -> b n r") * hidden.shape[-1] ** -0.5
-        there = rearrange(F.pad(state.complete, (1, 0), value=True), "b r -> b 1 r")
-        weight = torch.softmax(score.masked_fill(~there, -torch.inf), -1)
-        self.weight_point(weight)
-        return einsum(weight[:, :, 1:], self.v_proj(state.blocks), "b n r, b r d -> b n d")
+        values = F.pad(self.v_proj(state.blocks), (0, 0, 1, 0))
+        there = F.pad(state.complete, (1, 0), value=True)
+        bias = torch.zeros_like(there, dtype=hidden.dtype).masked_fill(~there, -torch.inf)
+        query = self.q_proj(hidden)
+        self.weight_point(lambda: memory_attention_weights(query, keys, bias=bias))
+        return cast(Tensor, memory_attention(query, keys, values, bias=bias))
 
     def write(self, hidden: Tensor, state: BlockState, mask: Tensor) -> BlockState:
         """Put the segment's tokens into blocks; those that are complete join the kept ones.
@@ -256,44 +266,39 @@ class BankLevel(nn.Module):
 
     def read(self, hidden: Tensor, banks: Tensor) -> Tensor:
         share = torch.softmax(self.read_gate(hidden), -1)
-        weight = self.by_bank(self.address(hidden)) * rearrange(share, "b n k -> b n k 1")
-        self.read_point(lambda: rearrange(weight, "b n k s -> b n (k s)"))
-        return self.o_proj(einsum(weight, banks, "b n k s, b k s e -> b n e"))
+        address = self.by_bank(self.address(hidden))
+        self.read_point(
+            lambda: rearrange(address * rearrange(share, "b n k -> b n k 1"), "b n k s -> b n (k s)")
+        )
+        return self.o_proj(read_at(address, banks, share))
 
     def write(self, hidden: Tensor, banks: Tensor, mask: Tensor) -> Tensor:
         self.before_point(lambda: rearrange(banks, "b k s e -> b (k s) e"))
         hidden = hidden * rearrange(mask, "b n -> b n 1")
-        before = shifted(hidden)
-        context = torch.cat((hidden, before), -1)
-        opened = rearrange(torch.sigmoid(self.input_gate(context)), "b n 1 -> b n")
-        share = torch.softmax(self.write_gate(context), -1)
-        address = self.address(torch.lerp(hidden, before, self.shift))
-        self.input_point(opened)
+        gates = (self.input_gate, self.write_gate, *([] if self.pace_gate is None else [self.pace_gate]))
+        opened, share, *pace = gates_of_pairs(hidden, gates)
+        opened, share = torch.sigmoid(opened), torch.softmax(share, -1)
+        address = self.address(token_shift(hidden, self.shift))
+        self.input_point(lambda: rearrange(opened, "b n 1 -> b n"))
         self.bank_point(share)
         self.weight_point(address)
-        opened = opened * mask
-        log_decay = self.log_decay(context, mask).to(banks.dtype)
-        total = reduce(log_decay, "b n k -> b 1 k", "sum")
-        later = torch.exp(total - torch.cumsum(log_decay, 1))
-        strength = share * later * rearrange(opened, "b n -> b n 1")
-        new = einsum(
-            self.by_bank(address).to(banks.dtype),
-            strength,
-            torch.tanh(self.v_proj(hidden)).to(banks.dtype),
-            "b n k s, b n k, b n e -> b k s e",
+        strength = share * (opened * rearrange(mask, "b n -> b n 1"))
+        values = torch.tanh(self.v_proj(hidden))
+        after = decaying_write(
+            banks, self.by_bank(address), strength, self.log_decay(mask, *pace), values
         )
-        after = banks * rearrange(torch.exp(total), "b 1 k -> b k 1 1") + new
         self.after_point(lambda: rearrange(after, "b k s e -> b (k s) e"))
         return after
 
-    def log_decay(self, context: Tensor, mask: Tensor) -> Tensor:
+    def log_decay(self, mask: Tensor, logit: Tensor | None = None) -> Tensor:
         """ln of what each token multiplies each bank with: [b n k]; 0 for padding.
 
-        = -u ln 2 / (H n), with u = 2 sigma(context W + b), which is 1 at the start.
+        = -u ln 2 / (H n), with u = 2 sigma(logit), which is 1 at the start. logit: [b n k] of the pace gate,
+        which sees a token and the one before it.
         """
         pace = rearrange(mask, "b n -> b n 1") / (self.half_lives * mask.shape[1])
-        if self.pace_gate is not None:
-            pace = pace * 2 * torch.sigmoid(self.pace_gate(context))
+        if logit is not None:
+            pace = pace * 2 * torch.sigmoid(logit)
         decay = -math.log(2) * pace
         self.decay_point(decay.exp)
         return decay

@@ -20,20 +20,21 @@ Where the paper (Kang et al. 2025, arXiv 2502.06049) is ambiguous or its release
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from einops import einsum, rearrange, reduce, repeat
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlib.config import InternalMemoryConfig
 from memlib.memory.address import SlotAddress, identity_slots
 from memlib.memory.base import Memory, State, axes, zeros
-from memlib.memory.gated_write import gated_write
-from memlib.memory.gates import Gate
+from memlib.memory.gates import Gate, gates_of_pairs
 from memlib.nn.hook_point import HookPoint
-from memlib.nn.linear import Linear, shifted
+from memlib.nn.linear import Linear
 from memlib.nn.norm import RMSNorm
+from memlib.ops import gated_write, memory_attention, memory_attention_weights, read_at, token_shift
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,11 @@ class AddressedRead(nn.Module):
         self.weight_point = HookPoint("reader.weight", "batch token slot")
 
     def forward(self, hidden: Tensor, slots: Tensor) -> Tensor:
-        weight = self.address(hidden) / self.address.num_heads
-        self.weight_point(weight)
-        return self.output_gate(self.o_proj(einsum(weight, slots, "b n s, b s e -> b n e")))
+        address, h = self.address(hidden), self.address.num_heads
+        self.weight_point(lambda: address / h)
+        by_book = rearrange(address, "b n (h s) -> b n h s", h=h)
+        read = read_at(by_book, rearrange(slots, "b (h s) e -> b h s e", h=h))
+        return self.output_gate(self.o_proj(read))
 
 
 class AddressedWrite(nn.Module):
@@ -144,11 +147,9 @@ class AddressedWrite(nn.Module):
 
     def forward(self, hidden: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
         hidden = hidden * rearrange(mask, "b n -> b n 1")
-        before = shifted(hidden)
-        context = torch.cat((hidden, before), -1)
-        address = self.address(torch.lerp(hidden, before, self.shift))
-        opened = rearrange(torch.sigmoid(self.input_gate(context)), "b n 1 -> b n")
-        kept = rearrange(torch.sigmoid(self.forget_gate(context)), "b n 1 -> b n")
+        address = self.address(token_shift(hidden, self.shift))
+        logits = gates_of_pairs(hidden, (self.input_gate, self.forget_gate))
+        opened, kept = (rearrange(torch.sigmoid(logit), "b n 1 -> b n") for logit in logits)
         self.weight_point(address)
         self.input_point(opened)
         self.forget_point(kept)
@@ -177,11 +178,9 @@ class AttentionRead(nn.Module):
         q = rearrange(self.q_proj(hidden), "b n (h k) -> b h n k", h=self.num_heads)
         k = rearrange(self.k_proj(slots), "b s (h k) -> b h s k", h=self.num_heads)
         v = rearrange(self.v_proj(slots), "b s (h k) -> b h s k", h=self.num_heads)
-        score = einsum(q, k, "b h n k, b h s k -> b h n s") * q.shape[-1] ** -0.5
-        weight = torch.softmax(score, -1)
-        self.weight_point(weight)
-        read = rearrange(einsum(weight, v, "b h n s, b h s k -> b h n k"), "b h n k -> b n (h k)")
-        return self.output_gate(self.o_proj(read))
+        self.weight_point(lambda: memory_attention_weights(q, k))
+        read = cast(Tensor, memory_attention(q, k, v))
+        return self.output_gate(self.o_proj(rearrange(read, "b h n k -> b n (h k)")))
 
 
 class AttentionWrite(nn.Module):
@@ -233,8 +232,7 @@ class AttentionWrite(nn.Module):
             return rearrange(tensor, "b j (h k) -> b h j k", h=self.num_heads)
 
         q, k, v = heads(self.q_proj(slots)), heads(self.k_proj(source)), heads(self.v_proj(source))
-        score = einsum(q, k, "b h s k, b h j k -> b h s j") * q.shape[-1] ** -0.5
-        score = score.masked_fill(~rearrange(allowed, "b j -> b 1 1 j"), -torch.inf)
-        weight = torch.softmax(score, -1)
-        self.weight_point(weight)
-        return rearrange(einsum(weight, v, "b h s j, b h j k -> b h s k"), "b h s k -> b s (h k)")
+        bias = torch.zeros_like(allowed, dtype=q.dtype).masked_fill(~allowed, -torch.inf)
+        self.weight_point(lambda: memory_attention_weights(q, k, bias=bias))
+        read = cast(Tensor, memory_attention(q, k, v, bias=bias))
+        return rearrange(read, "b h s k -> b s (h k)")

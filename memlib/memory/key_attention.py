@@ -5,13 +5,16 @@ Axes: b batch, n tokens, s places, d hidden, k key width, e value width.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from einops import einsum, rearrange, reduce
+from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlib.nn.hook_point import HookPoint
-from memlib.nn.linear import Linear, shifted, vectors_for_scalars
+from memlib.nn.linear import Linear, vectors_for_scalars
+from memlib.ops import memory_attention, memory_attention_weights, token_shift
 
 
 class TokenKey(nn.Module):
@@ -39,7 +42,7 @@ class TokenKey(nn.Module):
 
     def key(self, hidden: Tensor) -> Tensor:
         """hidden: [b n d], zero at padding -> [b n k]; the first token has zeros before it."""
-        return self.query(torch.lerp(hidden, shifted(hidden), self.shift))
+        return self.query(token_shift(hidden, self.shift))
 
 
 class MemoryAttention(nn.Module):
@@ -66,43 +69,25 @@ class MemoryAttention(nn.Module):
         nn.init.constant_(self.sharpness, self.initial_sharpness)
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
-        score = self.score(query, keys, bias)
-        if self.top_k is None or self.top_k >= keys.shape[1]:
-            weight = softmax_or_nothing(score)
-            self.weight_point(weight)
-            return einsum(weight, values, "b n s, b s e -> b n e")
-        best, places = score.topk(self.top_k, -1)
-        weight = softmax_or_nothing(best)
-        self.weight_point(lambda: torch.zeros_like(score).scatter(-1, places, weight))
-        rows = rearrange(torch.arange(len(values), device=values.device), "b -> b 1 1")
-        return einsum(weight, values[rows, places], "b n j, b n j e -> b n e")
+        how = {"bias": bias, "scale": self.scale(keys), "top_k": self.top_k}
+        self.weight_point(lambda: memory_attention_weights(query, keys, **how))
+        return cast(Tensor, memory_attention(query, keys, values, **how))
 
-    def score(self, query: Tensor, keys: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The softmax's arguments: [b n s]."""
-        scale = self.sharpness * keys.shape[-1] ** 0.5
-        score = scale * einsum(query, keys, "b n k, b s k -> b n s")
-        return score if bias is None else score + rearrange(bias, "b s -> b 1 s")
+    def scale(self, keys: Tensor) -> Tensor:
+        return self.sharpness * keys.shape[-1] ** 0.5
+
+    def weights(self, query: Tensor, keys: Tensor) -> Tensor:
+        """The weights over all places, each of which may be read: [b n s]."""
+        return torch.softmax(query * self.scale(keys) @ keys.transpose(1, 2), -1)
 
     @torch.no_grad()
     def used(self, query: Tensor, keys: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
         """The largest weight that any token of mask: [b n] gave each place: [b s]."""
-        weight = softmax_or_nothing(self.score(query, keys, bias))
+        weight = memory_attention_weights(query, keys, bias=bias, scale=self.scale(keys))
         return reduce(weight * rearrange(mask, "b n -> b n 1"), "b n s -> b s", "max")
-
-
-def softmax_or_nothing(score: Tensor) -> Tensor:
-    """softmax over the last axis; zeros where every score is -inf."""
-    top = score.detach().amax(-1, keepdim=True)
-    raised = torch.exp(score - torch.where(torch.isfinite(top), top, 0.0))
-    return raised / raised.sum(-1, keepdim=True).clamp(min=1e-30)
 
 
 def in_time_order(kept: Tensor, count: int) -> Tensor:
     """Where the tokens of kept: [b n] stand, earliest first, filled up with others: [b c]."""
     return kept.to(torch.int8).argsort(stable=True, dim=-1, descending=True)[:, :count]
 
-
-def take(tokens: Tensor, index: Tensor) -> Tensor:
-    """The tokens at some places: [b n …], index: [b c] -> [b c …]."""
-    rows = rearrange(torch.arange(len(tokens), device=tokens.device), "b -> b 1")
-    return tokens[rows, index]

@@ -103,6 +103,10 @@ class LayerMemories(nn.ModuleDict):
     def uses_heads(self) -> bool:
         return any(memory.uses_heads for memory in self.memory_list)
 
+    @property
+    def uses_logsumexp(self) -> bool:
+        return any(memory.in_attention and memory.uses_logsumexp for memory in self.memory_list)
+
     def close(self) -> None:
         """Shut out those inside the attention; the block's fusion shuts the others."""
         for memory in self.memory_list:

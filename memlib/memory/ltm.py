@@ -35,11 +35,11 @@ from memlib.config import LtmMemoryConfig
 from memlib.memory.adaptive_slots import SlotRule
 from memlib.memory.address import identity_slots
 from memlib.memory.base import Memory, State, axes, zeros
-from memlib.memory.gated_write import gated_write
 from memlib.memory.gates import Gate
-from memlib.memory.key_attention import MemoryAttention, TokenKey, in_time_order, take
+from memlib.memory.key_attention import MemoryAttention, TokenKey, in_time_order
 from memlib.nn.hook_point import HookPoint
 from memlib.nn.linear import Linear
+from memlib.ops import gated_write, take_rows
 
 SLOPE = 0.25  # of sigma at 0
 
@@ -179,12 +179,12 @@ class BankWrite(nn.Module):
         self.input_point(opened)
         self.forget_point(lambda: torch.zeros_like(opened))  # overwritten content is fully erased
         index = in_time_order(kept, n if self.training else ceil(self.ratio * n))
-        return Survivors(take(new, index), take(opened, index), take(kept, index), index, n)
+        return Survivors(*(take_rows(t, index) for t in (new, opened, kept)), index, n)
 
     def spread(self, tokens: Survivors, slots: Tensor) -> Tensor:
         """Fixed slots: every token updates the slots its key means; slots: [b s e] -> [b s e]."""
         keys = halves(slots)[0].to(tokens.new.dtype)
-        weight = torch.softmax(self.attention.score(halves(tokens.new)[0], keys), -1)
+        weight = self.attention.weights(halves(tokens.new)[0], keys)
         self.weight_point(lambda: in_segment(weight, tokens))
         strength = weight * rearrange(tokens.strength, "b c -> b c 1")
         return gated_write(slots, strength, strength, tokens.new)
@@ -234,9 +234,10 @@ def survivors(order: Tensor, mask: Tensor, ratio: float) -> Tensor:
     repeated words must not depend on the order in which a matrix product was added up.
     """
     rounded = torch.round(order.double() * 2**20).masked_fill(~mask, -torch.inf)
-    rank = rounded.argsort(stable=True, dim=-1, descending=True).argsort(-1)
+    order = rounded.argsort(stable=True, dim=-1, descending=True)
     count = torch.ceil(ratio * mask.sum(-1, keepdim=True).double())
-    return (rank < count) & mask
+    first = torch.arange(mask.shape[-1], device=mask.device) < count
+    return torch.zeros_like(mask).scatter(-1, order, first) & mask
 
 
 @torch.no_grad()

@@ -35,9 +35,10 @@ from torch.nn import functional as F
 from memlib.config import RingMemoryConfig
 from memlib.memory.base import Memory, State, axes, zeros
 from memlib.memory.gates import Gate
-from memlib.memory.key_attention import MemoryAttention, TokenKey, in_time_order, take
+from memlib.memory.key_attention import MemoryAttention, TokenKey, in_time_order
 from memlib.nn.hook_point import HookPoint
 from memlib.nn.linear import Linear
+from memlib.ops import take_rows
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Items(State):
     def pick(self, index: Tensor) -> Items:
         """The items at index: [b j]; what is out of range is some item."""
         index = index.clamp(0, self.importance.shape[1] - 1)
-        return self.map(lambda tensor: take(tensor, index))
+        return self.map(lambda tensor: take_rows(tensor, index))
 
     def replace(self, where: Tensor, other: Items) -> Items:
         """These items, but the other's at where: [b m]."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from memlib.memory.base import AttentionHeads, Memory, State
 from memlib.memory.layer import LayerInput, LayerMemories
 from memlib.models.fusion import ResidualFusion, SoftmaxFusion
-from memlib.nn.attention import SelfAttention, scores_logsumexp
+from memlib.nn.attention import SelfAttention
 from memlib.nn.mlp import MLP
 from memlib.nn.norm import RMSNorm
 
@@ -129,12 +129,14 @@ class TransformerBlock(nn.Module):
         if self.memories.fused == len(self.memories):
             return self.attention(hidden, past_keys, past_values, mask)
         own = self.attention.project(hidden)
-        attended = self.attention.attend(own, past_keys, past_values, mask)
+        attended = self.attention.attend(
+            own, past_keys, past_values, mask, logsumexp=self.memories.uses_logsumexp
+        )
         heads = AttentionHeads(
             hidden,
             *own,
             attended.heads,
-            lambda: scores_logsumexp(attended.queries, attended.keys, mask),
+            attended.logsumexp,
             lambda tokens: self.attention.project(tokens)[1:],
         )
         return self.attention.output(self.memories.mix(heads, states)), attended.keys, attended.values

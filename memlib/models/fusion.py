@@ -6,12 +6,12 @@ Axes: b batch, n tokens, d hidden, m sources (the attention first, then the memo
 from __future__ import annotations
 
 import torch
-from einops import einsum
 from torch import Tensor, nn
 
 from memlib.memory.gates import Gate
 from memlib.nn.hook_point import HookPoint
 from memlib.nn.linear import Linear
+from memlib.ops import mix
 
 
 class SoftmaxFusion(nn.Module):
@@ -29,8 +29,7 @@ class SoftmaxFusion(nn.Module):
     def forward(self, hidden: Tensor, attended: Tensor, memories: list[Tensor]) -> Tensor:
         weight = torch.softmax(self.gate(hidden), -1)
         self.weight_point(weight)
-        sources = torch.stack((attended, *memories), -2)
-        return einsum(weight, sources, "b n m, b n m d -> b n d")
+        return mix(weight, (attended, *memories))
 
     @torch.no_grad()
     def close(self) -> None:

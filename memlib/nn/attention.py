@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from memlib.nn.linear import Linear
 from memlib.nn.rotary import RotaryPositionalEmbedding
+from memlib.ops import attention, attention_with_lse
 
 
 def window_mask(n: int, valid: Tensor | None, past: int, device: torch.device) -> Tensor | None:
@@ -43,13 +43,13 @@ class Heads(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """heads: [b h n k], before W_o; queries: [b h n k] and the window's keys, values: [b h m k], with
-    positions."""
+    """heads: [b h n k], before W_o; the window's keys, values: [b h m k], with positions; and, if asked for,
+    logsumexp: [b h n] of each query's scores."""
 
     heads: Tensor
-    queries: Tensor
     keys: Tensor
     values: Tensor
+    logsumexp: Tensor | None = None
 
 
 class SelfAttention(nn.Module):
@@ -92,14 +92,26 @@ class SelfAttention(nn.Module):
             )
         )
 
-    def attend(self, heads: Heads, past_keys: Tensor, past_values: Tensor, mask: Tensor | None) -> Attended:
-        """Attention over the window, before W_o."""
+    def attend(
+        self,
+        heads: Heads,
+        past_keys: Tensor,
+        past_values: Tensor,
+        mask: Tensor | None,
+        logsumexp: bool = False,
+    ) -> Attended:
+        """Attention over the window, before W_o; logsumexp: also return that of the scores."""
         q, k, v = heads
         if self.rotary is not None:
-            q, k = self.rotary(torch.cat((q, k)), past_keys.shape[-2]).chunk(2)
-        keys, values = torch.cat((past_keys.to(k.dtype), k), -2), torch.cat((past_values.to(v.dtype), v), -2)
-        mixed = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=mask is None)
-        return Attended(mixed, q, keys, values)
+            q, k = (self.rotary(part, past_keys.shape[-2]) for part in (q, k))
+        keys, values = k, v
+        if past_keys.shape[-2]:
+            keys = torch.cat((past_keys.to(k.dtype), k), -2)
+            values = torch.cat((past_values.to(v.dtype), v), -2)
+        if logsumexp:
+            mixed, lse = attention_with_lse(q, keys, values, mask, causal=mask is None)
+            return Attended(mixed, keys, values, lse)
+        return Attended(attention(q, keys, values, mask, causal=mask is None), keys, values)
 
     def output(self, heads: Tensor) -> Tensor:
         """W_o of the heads' attention: [b h n k] -> [b n d]."""
@@ -109,13 +121,3 @@ class SelfAttention(nn.Module):
         """The window's keys as `project` made them: [b h m k], the first at position 0."""
         return keys if self.rotary is None else self.rotary(keys, inverse=True)
 
-
-def scores_logsumexp(q: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
-    """log sum_m exp(q_n . k_m / sqrt(k)) over the keys a token may attend to.
-
-    q: [b h n k], keys: [b h m k], mask: as for `SelfAttention` -> [b h n].
-    """
-    score = einsum(q, keys, "b h n k, b h m k -> b h n m") * q.shape[-1] ** -0.5
-    if mask is None:
-        mask = torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    return torch.logsumexp(score.masked_fill(~mask, -torch.inf), -1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from memlib.ops import rms_norm
+
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight, over the last axis.
@@ -23,6 +25,4 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale).to(hidden.dtype) * self.weight
+        return rms_norm(hidden, self.weight, self.eps)

@@ -6,8 +6,9 @@ Axes: b batch, h heads, n tokens, k head width.
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
+
+from memlib.ops import rotate
 
 
 class RotaryPositionalEmbedding(nn.Module):
@@ -39,7 +40,4 @@ class RotaryPositionalEmbedding(nn.Module):
         n = heads.shape[-2]
         position = torch.arange(first, first + n, device=heads.device, dtype=self.frequency.dtype)
         angle = torch.outer(position, -self.frequency if inverse else self.frequency)
-        cos, sin = angle.cos().to(heads.dtype), angle.sin().to(heads.dtype)
-        low, high = rearrange(heads, "b h n (two k) -> two b h n k", two=2)
-        turned = torch.stack((low * cos - high * sin, low * sin + high * cos))
-        return rearrange(turned, "two b h n k -> b h n (two k)")
+        return rotate(heads, angle.cos().to(heads.dtype), angle.sin().to(heads.dtype))

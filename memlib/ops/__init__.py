@@ -40,8 +40,11 @@ from memlib.ops.quantized import (
     quantized_read_reference,
 )
 from memlib.ops.rms_norm import rms_norm, rms_norm_reference
+from memlib.ops.rotary import rotate, rotate_reference
+from memlib.ops.rows import put_rows, put_rows_reference, take_rows, take_rows_reference
 from memlib.ops.search import (
     TIE,
+    chunk_places,
     exact_search,
     exact_search_reference,
     nearest,
@@ -54,6 +57,7 @@ from memlib.ops.selected import (
     selected_sum_reference,
     top_index,
 )
+from memlib.ops.token_shift import token_shift, token_shift_reference
 
 __all__ = [
     "TIE",
@@ -65,6 +69,7 @@ __all__ = [
     "attention_reference",
     "attention_with_lse",
     "attention_with_lse_reference",
+    "chunk_places",
     "decaying_write",
     "decaying_write_reference",
     "dequantize",
@@ -83,15 +88,23 @@ __all__ = [
     "mix_reference",
     "nearest",
     "nearest_reference",
+    "put_rows",
+    "put_rows_reference",
     "quantized_read",
     "quantized_read_reference",
     "read_at",
     "rms_norm",
     "rms_norm_reference",
+    "rotate",
+    "rotate_reference",
     "selected_scores",
     "selected_scores_reference",
     "selected_sum",
     "selected_sum_reference",
     "softmax_or_zero",
+    "take_rows",
+    "take_rows_reference",
+    "token_shift",
+    "token_shift_reference",
     "top_index",
 ]

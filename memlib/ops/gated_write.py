@@ -34,12 +34,14 @@ def gated_write(slots: Tensor, strength: Tensor, erase: Tensor, values: Tensor) 
     """The slots after all tokens have written.
 
     slots: [b s e], strength, erase: [b n s], values: [b n e] -> [b s e]. erase must lie in 0 … 1; at 1 the
-    earlier content of a slot is erased completely.
+    earlier content of a slot is erased completely. It costs less if strength and erase are one tensor.
     """
     dtype = torch.promote_types(slots.dtype, torch.float32)
+    same = erase is strength
     wide = [t.to(dtype) for t in (slots, strength, erase, values)]
     if eager_cpu(*wide) and all(t.numel() for t in wide):
-        return GatedWrite.apply(*wide)[0].to(slots.dtype)
+        slots_, strength_, erase_, values_ = wide
+        return GatedWrite.apply(slots_, strength_, None if same else erase_, values_)[0].to(slots.dtype)
     return gated_write_traced(*wide).to(slots.dtype)
 
 
@@ -96,16 +98,16 @@ def decaying_write_reference(
 
 
 class GatedWrite(torch.autograd.Function):
-    """`gated_write` by products instead of logarithms: exact where erase is 1, and with fewer temporaries.
+    """`gated_write` by products instead of logarithms, with fewer temporaries. erase: None if it is strength.
 
     Outputs: the slots, and what the backward pass needs, later and prod_u (1 - erase_u).
     """
 
     @staticmethod
     def forward(
-        slots: Tensor, strength: Tensor, erase: Tensor, values: Tensor
+        slots: Tensor, strength: Tensor, erase: Tensor | None, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        later, total = later_products(1 - erase)
+        later, total = later_products(remaining(strength if erase is None else erase))
         weight = rearrange(later * strength, "b n s -> b s n")
         kept = slots * rearrange(total, "b s -> b s 1")
         return torch.baddbmm(kept, weight, values), later, total
@@ -117,17 +119,26 @@ class GatedWrite(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> Any:
-        """dL/d(1 - erase_u) = later_u R_u, with R the gradient of what stood before token u, summed:
+        """With i_t = later_t (grad . value_t), the gradient of strength_t, that of 1 - erase_u is
 
-        R_1 = sum_e grad M,   R_{u+1} = (1 - erase_u) R_u + strength_u (grad . value_u)
+        (sum_{t<u} strength_t i_t + prod_t (1 - erase_t) grad . M) / (1 - erase_u)
         """
         slots, strength, erase, values, later, total = ctx.saved_tensors
+        shares_erase = erase is None
+        remain = remaining(strength if shares_erase else erase)
         grad_values = torch.bmm(later * strength, grad)
-        inner = torch.bmm(values, rearrange(grad, "b s e -> b e s"))
-        first = einsum(grad, slots, "b s e, b s e -> b s")
-        grad_erase = recurrence(first, 1 - erase, inner * strength).mul_(later).neg_()
+        grad_strength = torch.bmm(values, rearrange(grad, "b s e -> b e s")).mul_(later)
+        first = (grad * slots).sum(-1).mul_(total)
+        grad_remain = sums_before(grad_strength * strength, first).div_(remain)
         grad_slots = grad * rearrange(total, "b s -> b s 1")
-        return grad_slots, inner.mul_(later), grad_erase, grad_values
+        if shares_erase:
+            return grad_slots, grad_strength.sub_(grad_remain), None, grad_values
+        return grad_slots, grad_strength, grad_remain.neg_(), grad_values
+
+
+def remaining(erase: Tensor) -> Tensor:
+    """1 - erase. Where nothing remains it is a number too small to see, so that it can be divided by."""
+    return (1 - erase).clamp_(min=torch.finfo(erase.dtype).tiny ** 0.5)
 
 
 def later_products(remain: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,23 +169,18 @@ def in_blocks(tensor: Tensor, fill: float) -> Tensor:
     return rearrange(tensor, "b (m c) s -> b m c s", c=block)
 
 
-def recurrence(first: Tensor, remain: Tensor, added: Tensor) -> Tensor:
-    """R_1 = first, R_{t+1} = remain_t R_t + added_t; first: [b s], the others: [b n s] -> R: [b n s].
-
-    In blocks as `later_products`: inside all blocks at once from zero, then with what each block begins with.
-    """
-    n = remain.shape[1]
-    remain, added = in_blocks(remain, 0.0), in_blocks(added, 0.0)
-    inside, product = torch.empty_like(added), torch.empty_like(remain)
-    inside[:, :, 0], product[:, :, 0] = 0.0, 1.0
-    for i in range(remain.shape[2] - 1):
-        torch.addcmul(added[:, :, i], remain[:, :, i], inside[:, :, i], out=inside[:, :, i + 1])
-        torch.mul(remain[:, :, i], product[:, :, i], out=product[:, :, i + 1])
-    last = torch.addcmul(added[:, :, -1], remain[:, :, -1], inside[:, :, -1])
-    passed = remain[:, :, -1] * product[:, :, -1]
-    begins = torch.zeros_like(last)
+def sums_before(added: Tensor, first: Tensor) -> Tensor:
+    """first + sum_{t<u} added_t for each u; first: [b s], added: [b n s] -> [b n s]. By blocks as above."""
+    n = added.shape[1]
+    blocks = in_blocks(added, 0.0)
+    sums = torch.empty_like(blocks)
+    sums[:, :, 0] = 0.0
+    for i in range(blocks.shape[2] - 1):
+        torch.add(sums[:, :, i], blocks[:, :, i], out=sums[:, :, i + 1])
+    whole = sums[:, :, -1] + blocks[:, :, -1]
+    begins = torch.empty_like(whole)
     begins[:, 0] = first
-    for i in range(last.shape[1] - 1):
-        torch.addcmul(last[:, i], passed[:, i], begins[:, i], out=begins[:, i + 1])
-    inside.addcmul_(product, rearrange(begins, "b m s -> b m 1 s"))
-    return rearrange(inside, "b m c s -> b (m c) s")[:, :n]
+    for i in range(whole.shape[1] - 1):
+        torch.add(begins[:, i], whole[:, i], out=begins[:, i + 1])
+    sums.add_(rearrange(begins, "b m s -> b m 1 s"))
+    return rearrange(sums, "b m c s -> b (m c) s")[:, :n]

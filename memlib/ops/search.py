@@ -50,15 +50,19 @@ def nearest(query: Tensor, keys: Tensor, serial: Tensor, top_k: int, chunk: int 
     if not eager_cpu(query, keys, serial) or not query.numel():
         return nearest_reference(query, keys, serial, top_k, chunk)
     b, h, n, _ = query.shape
-    rows = max(1, CACHED // keys.shape[2])
+    bonus = newer_bonus(serial, chunk).to(query.dtype)
+    rows = max(1, CACHED // (h * keys.shape[2]))
     found = serial.new_empty(b, h, n, top_k)
     for row in range(b):
-        for head in range(h):
-            for first in range(0, n, rows):
-                at = slice(first, first + rows)
-                score = query[row, head, at] @ keys[row, head].T
-                score = rearrange(score, "n c -> 1 1 n c")
-                found[row, head, at] = exact_search(score, serial[row : row + 1], top_k, chunk)[0, 0]
+        transposed = rearrange(keys[row], "h c k -> h k c")
+        for first in range(0, n, rows):
+            at = slice(first, first + rows)
+            score = query[row, :, at] @ transposed
+            if chunk > 1:
+                score = reduce(score, "h n (c m) -> h n c", "mean", m=chunk)
+            place = top_index(score.add_(bonus[row]), top_k // chunk)
+            place.masked_fill_(bonus[row].isneginf()[place], -1)
+            found[row, :, at] = place if chunk == 1 else chunk_places(place, chunk)
     return found
 
 
@@ -71,23 +75,31 @@ def nearest_reference(query: Tensor, keys: Tensor, serial: Tensor, top_k: int, c
 
 def ranked_scores(score: Tensor, serial: Tensor, chunk: int) -> Tensor:
     """Scores of places or chunks with the bonus of newer ones, -inf where there is no item: [b h n c/m]."""
+    if chunk > 1:
+        score = reduce(score, "b h n (c m) -> b h n c", "mean", m=chunk)
+    return score + rearrange(newer_bonus(serial, chunk).to(score.dtype), "b c -> b 1 1 c")
+
+
+def newer_bonus(serial: Tensor, chunk: int) -> Tensor:
+    """What is added to the scores of places or chunks, -inf where there is no item: [b c/m]."""
     newness = (serial + 1) / (serial.amax(1, keepdim=True) + 1).clamp(min=1)
     hidden = serial < 0
     if chunk > 1:
-        score = reduce(score, "b h n (c m) -> b h n c", "mean", m=chunk)
         newness = reduce(newness, "b (c m) -> b c", "mean", m=chunk)
         members = rearrange(serial, "b (c m) -> b c m", m=chunk)
         in_order = members[..., :1] + torch.arange(chunk, device=serial.device)
         hidden = (members < 0).any(-1) | (members != in_order).any(-1)
-    bonus = (TIE * newness).to(score.dtype).masked_fill(hidden, -torch.inf)
-    return score + rearrange(bonus, "b c -> b 1 1 c")
+    return (TIE * newness).masked_fill(hidden, -torch.inf)
 
 
 def existing(ranked: Tensor, place: Tensor, chunk: int) -> Tensor:
     """Places found, -1 where the score is -inf; chunks are expanded to their places."""
     place = torch.where(ranked.gather(-1, place).isneginf(), -1, place)
-    if chunk == 1:
-        return place
+    return place if chunk == 1 else chunk_places(place, chunk)
+
+
+def chunk_places(place: Tensor, chunk: int) -> Tensor:
+    """The places inside each chunk, one after another, -1 for none: [... c] -> [... c*chunk]."""
     inside = torch.arange(chunk, device=place.device).repeat(place.shape[-1])
     first = repeat(place, "... c -> ... (c m)", m=chunk)
     return torch.where(first < 0, -1, first * chunk + inside)

@@ -128,6 +128,8 @@ def weighted_rows(weight: Tensor, table: Tensor, index: Tensor) -> Tensor:
 def inner_products(query: Tensor, table: Tensor, index: Tensor) -> Tensor:
     """query_n . table_{index_nj}: [b h n j]."""
     b, h, n, j = index.shape
+    if table.shape[2] <= DENSE_BELOW * j:
+        return (query @ table.transpose(-1, -2)).gather(-1, index)
     bags = b * h * n
     score = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         rearrange(query, "b h n k -> (b h n) k").contiguous(),
@@ -171,20 +173,30 @@ def top_index(score: Tensor, top_k: int) -> Tensor:
     if not eager_cpu(score):
         return score.topk(top_k, -1).indices
     score, c = score.detach(), score.shape[-1]
-    if score.dtype == torch.bfloat16:
-        score = score.to(torch.float32)  # numpy has no bfloat16
     if c >= COLUMNS_FROM and c % ROWS == 0 and c // ROWS >= 2 * top_k:
         columns = rearrange(score, "... (r c) -> ... r c", r=ROWS)
         best = top_index(columns.amax(-2), top_k)  # the top_k entries lie in the top_k best columns
         entry = rearrange(torch.arange(c), "(r c) -> r c", r=ROWS)[:, best]
         entry = rearrange(entry, "r ... j -> ... (r j)")
         return entry.gather(-1, top_index(score.gather(-1, entry), top_k))
-    array = score.numpy()
-    if top_k < c:  # numpy selects with vector instructions, three times as fast as torch.topk
+    if score.dtype == torch.float64:
+        array = score.numpy()
+        if top_k == c:
+            return torch.from_numpy(descending(array))
         chosen = np.argpartition(array, c - top_k, axis=-1)[..., c - top_k :]
         array = np.take_along_axis(array, chosen, -1)
         return torch.from_numpy(np.take_along_axis(chosen, descending(array), -1))
-    return torch.from_numpy(descending(array))
+    # A float32 as a float64 leaves 29 bits free: with the index in them, numpy's vectorised selection and
+    # sorting of numbers need no second array.
+    largest = torch.finfo(torch.float32).max
+    wide = score.to(torch.float64).clamp_(-largest, largest)
+    wide.view(torch.int64).bitwise_or_(torch.arange(c))
+    array = wide.numpy()
+    if top_k < c:
+        array.partition(c - top_k, axis=-1)
+        array = array[..., c - top_k :]
+    best = np.sort(array, axis=-1)[..., ::-1].copy()
+    return torch.from_numpy(best).view(torch.int64).bitwise_and_(2**29 - 1)
 
 
 def descending(array: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from memlib.lab.measures import (
 )
 from memlib.lab.trace import TraceError
 from memlib.lab.widgets import hits_view, reading_over_text
-from memlib.memory.internal import gated_write
+from memlib.ops import gated_write
 from memlib.models import MemoryTransformer
 
 

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from memlib.config import InternalMemoryConfig
 from memlib.memory import InternalMemory
-from memlib.memory.internal import SlotState, gated_write
+from memlib.memory.internal import SlotState
+from memlib.ops import gated_write
 
 B, N, D, S, H = 2, 5, 6, 8, 2
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from memlib.memory.key_attention import MemoryAttention, TokenKey, softmax_or_nothing
+from memlib.memory.key_attention import MemoryAttention, TokenKey
+from memlib.ops import softmax_or_zero
 
 B, N, D, S, K, E = 2, 4, 6, 7, 4, 3
 SHARPNESS = 1.5
@@ -79,9 +80,9 @@ def test_what_was_used_is_the_largest_weight_of_tokens_that_count():
     assert not used[1].any()
 
 
-def test_softmax_or_nothing_has_no_nan():
+def test_softmax_or_zero_has_no_nan():
     score = torch.tensor([[0.0, -math.inf], [-math.inf, -math.inf], [1e30, 1e30]], requires_grad=True)
-    weight = softmax_or_nothing(score)
+    weight = softmax_or_zero(score)
     assert torch.equal(weight, torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.5, 0.5]]))
     weight[:, 0].sum().backward()
     assert torch.isfinite(score.grad).all()

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from memlib import ops
 from memlib.nn.linear import Linear
 
 
@@ -76,7 +76,7 @@ class MemoryCrossAttention(nn.Module):
         v = self.heads(self.v_proj(memory), len(hidden), chapters)
         if self.flash:
             mask = None if bias is None else rearrange(bias, "b n m -> b 1 n m")
-            read = F.scaled_dot_product_attention(q, k, v, mask)
+            read = ops.attention(q, k, v, mask)
         else:
             read = einsum(softmax_scores(q, k, bias), v, "b h n m, b h m k -> b h n k")
         return self.o_proj(rearrange(read, "b h n k -> b n (h k)"))

@@ -15,27 +15,28 @@ from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from memlib.config import ExternalMemoryConfig
 from memlib.memory.base import zeros
 from memlib.memory.external.store import Store
-from memlib.memory.search import exact_search
 from memlib.memory.state import State, axes
+from memlib.ops import nearest, put_rows, selected_scores, selected_sum
 
 
 @dataclass(frozen=True)
 class Hits:
-    """The nearest pairs of each query, best first: score, serial: [b h n j], values: [b h n j k].
+    """The nearest pairs of each query, best first: score, serial, index: [b h n j].
 
     serial: which token of its stream a hit is, -1 for a missing hit (an empty memory, a skipped search);
-    index: where the backend keeps it; score: the cosine of query and key, scaled by the memory later.
+    score: the cosine of query and key, scaled by the memory later; index: the place of a hit. table: the
+    values of all places, [b h c k], or those of the hits, [b h n j k].
     """
 
     score: Tensor
     serial: Tensor
-    values: Tensor
+    table: Tensor
     index: Tensor
 
     @property
@@ -51,14 +52,16 @@ class Hits:
     @property
     def mean(self) -> Tensor:
         """The hits' values by their weights: [b h n k]."""
-        return einsum(self.weight, self.values, "b h n j, b h n j k -> b h n k")
+        if self.table.ndim == 4:
+            return selected_sum(self.weight, self.table, self.index)
+        return einsum(self.weight, self.table, "b h n j, b h n j k -> b h n k")
 
     @classmethod
     def nothing(cls, like: Tensor, top_k: int) -> Hits:
         """Empty result for skipped searches; like: a value for each token, [b h n k]."""
-        values = repeat(torch.zeros_like(like), "b h n k -> b h n j k", j=top_k)
-        none = torch.full(values.shape[:-1], -1, device=like.device)
-        return cls(values[..., 0], none, values, none.clamp(min=0))
+        none = torch.full((*like.shape[:3], top_k), -1, device=like.device)
+        score = torch.zeros_like(none, dtype=like.dtype)
+        return cls(score, none, torch.zeros_like(like[:, :, :1]), torch.zeros_like(none))
 
     def spread(self, searched: Tensor) -> Hits:
         """The hits of the tokens that triggered a search, at their own places; none for the others.
@@ -67,10 +70,13 @@ class Hits:
         """
         number = (searched.cumsum(1) - 1).clamp(0, self.serial.shape[2] - 1)
         at = rearrange(number, "b n -> b 1 n 1")
+        table = self.table
+        if table.ndim == 5:
+            table = table.take_along_dim(rearrange(at, "b 1 n 1 -> b 1 n 1 1"), 2)
         return Hits(
             score=self.score.take_along_dim(at, 2),
             serial=self.serial.take_along_dim(at, 2).masked_fill(~rearrange(searched, "b n -> b 1 n 1"), -1),
-            values=self.values.take_along_dim(rearrange(at, "b 1 n 1 -> b 1 n 1 1"), 2),
+            table=table,
             index=self.index.take_along_dim(at, 2),
         )
 
@@ -138,20 +144,12 @@ class StateBackend:
         )
 
     def search(self, query: Tensor, state: ExternalState) -> Hits:
-        chunk, top_k, n = self.config.chunk, self.config.top_k, query.shape[2]
         used = self.used_slots(state)
-        cosine = einsum(query, state.keys[:, :, :used], "b h n k, b h c k -> b h n c")
-        place = exact_search(cosine.detach(), state.serial[:, :used], top_k, chunk)
+        keys, values, serial = state.keys[:, :, :used], state.values[:, :, :used], state.serial[:, :used]
+        place = nearest(query.detach(), keys.detach(), serial, self.config.top_k, self.config.chunk)
         none, place = place < 0, place.clamp(min=0)
-        serial = state.serial.gather(1, rearrange(place, "b h n j -> b (h n j)"))
-        serial = rearrange(serial, "b (h n j) -> b h n j", h=query.shape[1], n=n)
-        index = repeat(place, "b h n j -> b h (n j) k", k=state.values.shape[-1])
-        return Hits(
-            score=cosine.gather(-1, place),
-            serial=serial.masked_fill(none, -1),
-            values=rearrange(state.values.gather(2, index), "b h (n j) k -> b h n j k", n=n),
-            index=place,
-        )
+        found = serial.gather(1, rearrange(place, "b h n j -> b (h n j)")).view_as(place)
+        return Hits(selected_scores(query, keys, place), found.masked_fill(none, -1), values, place)
 
     def used_slots(self, state: ExternalState) -> int:
         """How many slots from the first on can hold a pair: slots fill in order.
@@ -177,8 +175,8 @@ class StateBackend:
         else:
             place = serial % self.config.capacity
         return ExternalState(
-            keys=put(new.keys, place, new.valid, state.keys),
-            values=put(new.values, place, new.valid, state.values),
+            keys=put_rows(state.keys, new.keys, place, new.valid),
+            values=put_rows(state.values, new.values, place, new.valid),
             serial=put(serial, place, new.valid, state.serial),
             retrieved=put(torch.zeros_like(place, dtype=weights.dtype), place, new.valid, weights),
             count=state.count + new.valid.sum(1),
@@ -187,16 +185,11 @@ class StateBackend:
 
 
 def put(new: Tensor, place: Tensor, valid: Tensor, into: Tensor) -> Tensor:
-    """A copy of `into` with the valid new items at their places.
+    """A copy of `into` with the valid new numbers at their places.
 
-    new: [b h n k] into [b h c k], or [b n] into [b c]; place, valid: [b n], the places distinct by row.
+    new: [b n] into [b c]; place, valid: [b n], the places distinct by row.
     """
-    axis = into.ndim // 2
-    if into.ndim == 4:
-        h, k = into.shape[1], into.shape[3]
-        place, valid = (repeat(t, "b n -> b h n k", h=h, k=k) for t in (place, valid))
-    kept = torch.where(valid, new.to(into.dtype), into.gather(axis, place))
-    return into.scatter(axis, place, kept)
+    return into.scatter(1, place, torch.where(valid, new.to(into.dtype), into.gather(1, place)))
 
 
 def least_retrieved(serial: Tensor, retrieved: Tensor, n: int) -> Tensor:

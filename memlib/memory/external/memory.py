@@ -32,7 +32,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,6 +45,7 @@ from memlib.memory.external.store import Store
 from memlib.memory.gates import HeadGate
 from memlib.nn.hook_point import HookPoint
 from memlib.nn.linear import Linear
+from memlib.ops import merge_weight, take_rows, token_shift
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class ExternalMemory(Memory):
         self.sharpness = nn.Parameter(torch.empty(h))
         self.v_proj = Linear(hidden_dim, hidden_dim)
         self.backend: KVBackend = StateBackend(config)
+        self.uses_logsumexp = config.join == "joint"
         if self.in_attention:
             self.gate = HeadGate(h, config.gate_init)
             self.gate_point = HookPoint("gate", "batch head token")
@@ -144,8 +146,11 @@ class ExternalMemory(Memory):
         hits, decision = self.retrieve(heads.hidden, state)
         logit: Tensor = rearrange(self.gate.bias, "h -> h 1")
         if self.config.join == "joint":
-            logit = torch.logsumexp(hits.score, -1) + logit - heads.logsumexp()
-        weight = torch.sigmoid(logit) * hits.exist.any(-1)
+            assert heads.logsumexp is not None, "join: joint needs the window's log-sum-exp (uses_logsumexp)"
+            weight = merge_weight(heads.logsumexp, torch.logsumexp(hits.score, -1), logit)
+        else:
+            weight = torch.sigmoid(logit)
+        weight = weight * hits.exist.any(-1)
         self.gate_point(weight)
         if decision is not None:
             weight = weight * rearrange(decision.share, "b n -> b 1 n")
@@ -219,14 +224,14 @@ class ExternalMemory(Memory):
 
     def write(self, hidden: Tensor, state: Any, mask: Tensor) -> State:
         hidden, valid = packed(hidden, mask)
-        last = rearrange(state.last.to(hidden.dtype), "b d -> b 1 d")
-        before = torch.cat((last, hidden), 1)
-        newest = repeat(valid.sum(1), "b -> b 1 d", d=hidden.shape[-1])
+        last = state.last.to(hidden.dtype)
+        count = rearrange(valid.sum(1), "b -> b 1")
+        newest = take_rows(hidden, (count - 1).clamp(min=0))[:, 0]
         new = NewPairs(
-            keys=self.address(self.key_address, torch.lerp(hidden, before[:, :-1], self.shift)),
+            keys=self.address(self.key_address, token_shift(hidden, self.shift, last)),
             values=rearrange(self.v_proj(hidden), "b n (h k) -> b h n k", h=self.config.num_heads),
             valid=valid,
-            last=rearrange(before.gather(1, newest), "b 1 d -> b d"),
+            last=torch.where(count > 0, newest, last),
         )
         return self.backend.append(new, state, partial(self.retrieved, hidden, state, valid))
 
@@ -264,5 +269,5 @@ def packed(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """A segment's real tokens first, in order, then zeros; and which are real: [b n d], [b n]."""
     order = torch.argsort((~mask).byte(), dim=1, stable=True)
     valid = mask.gather(1, order)
-    hidden = hidden.gather(1, repeat(order, "b n -> b n d", d=hidden.shape[-1]))
+    hidden = take_rows(hidden, order)
     return hidden * rearrange(valid, "b n -> b n 1"), valid

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from memlib.config import IndexConfig
 from memlib.memory.external.columns import NEVER, Column, Shape, StreamRecord, lines_of_heads
 from memlib.memory.external.index import LEAST, SearchIndex, products_at
-from memlib.memory.search import chunk_places, exact_search
+from memlib.ops import chunk_places, exact_search
 
 
 class StoreError(RuntimeError):

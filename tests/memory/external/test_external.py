@@ -16,7 +16,8 @@ from memlib.memory.base import AttentionHeads
 from memlib.memory.external.backends import least_retrieved, put
 from memlib.memory.gates import HeadGate
 from memlib.models import MemoryTransformer
-from memlib.nn.attention import SelfAttention, scores_logsumexp, window_mask
+from memlib.nn.attention import SelfAttention
+from memlib.ops import put_rows
 from memlib.training.optimizer import parameter_groups
 from tests.laws import laws
 
@@ -137,9 +138,9 @@ def test_joint_is_torchs_attention_over_window_and_hits_together():
     state, stream = written(built)
     hidden, nothing = random(B, 3, D, seed=40), random(B, H, 0, K)
 
-    window = attention.attend(attention.project(hidden), nothing, nothing, None)
-    _, queries, local_keys, local_values = window
-    heads = heads_of(hidden, window.heads, lambda: scores_logsumexp(queries, local_keys, None))
+    window = attention.attend(attention.project(hidden), nothing, nothing, None, logsumexp=True)
+    local_keys, local_values = window.keys, window.values
+    heads = heads_of(hidden, window.heads, window.logsumexp)
     got = attention.output(built.mix(heads, state))
     q = rearrange(attention.q_proj(hidden), "b n (h k) -> b h n k", h=H)
     for b in range(B):
@@ -153,26 +154,12 @@ def test_joint_is_torchs_attention_over_window_and_hits_together():
             torch.testing.assert_close(got[b, n], attention.o_proj(torch.cat(out)))
 
 
-@pytest.mark.parametrize("past", [0, 2])
-def test_the_windows_logsumexp_is_that_of_its_attention(past):
-    q, keys = random(B, H, 3, K), random(B, H, past + 3, K, seed=1)
-    valid = torch.ones(B, past + 3, dtype=torch.bool)
-    valid[0, 0] = False
-    mask = window_mask(3, valid, past, q.device)
-    got = scores_logsumexp(q, keys, mask)
-    score = (q @ keys.mT / math.sqrt(K)).masked_fill(~mask, -torch.inf)
-    values = random(B, H, past + 3, 1, seed=2)
-    unnormalised = score.exp() @ values
-    want = F.scaled_dot_product_attention(q, keys, values, mask)
-    torch.testing.assert_close(unnormalised / got.exp()[..., None], want)
-
-
 @pytest.mark.parametrize("join", ["heads", "joint"])
 def test_what_takes_part_in_the_attention_leaves_it_alone_when_empty_or_closed(join):
     built = memory(join=join)
     attended = random(B, H, 3, K)
     for state in (built.init_state(B), written(built)[0]):
-        got = built.mix(heads_of(random(B, 3, D, seed=1), attended, lambda: random(B, H, 3, seed=2)), state)
+        got = built.mix(heads_of(random(B, 3, D, seed=1), attended, random(B, H, 3, seed=2)), state)
         assert torch.equal(got, attended)
         built.close()
 
@@ -194,7 +181,7 @@ def test_gradients_are_those_of_the_values_through_reading_and_writing(options, 
             state = built.write(segment, state, everything(4))
         if join == "fusion":
             return built.read(hidden, state)
-        return built.mix(heads_of(hidden, attended, lambda: attended.sum(-1)), state)
+        return built.mix(heads_of(hidden, attended, attended.sum(-1)), state)
 
     parts = [random(B, n, D, seed=n).requires_grad_() for n in (4, 4, 3)]
     assert torch.autograd.gradcheck(run, [*parts, random(B, H, 3, K).requires_grad_()])
@@ -259,7 +246,9 @@ def test_put_is_a_loop_and_copies():
             if valid[b, n]:
                 want[b, :, place[b, n]] = new[b, :, n]
     before = into.clone()
-    assert torch.equal(put(new, place, valid, into), want) and torch.equal(into, before)
+    assert torch.equal(put_rows(into, new, place, valid), want) and torch.equal(into, before)
+    serial, count = into[:, 0, :, 0], new[:, 0, :, 0]
+    assert torch.equal(put(count, place, valid, serial), want[:, 0, :, 0])
 
 
 def test_free_places_go_first_then_the_least_retrieved_then_the_oldest():

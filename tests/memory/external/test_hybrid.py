@@ -121,7 +121,7 @@ def test_in_the_attention_the_memorys_share_is_multiplied(join):
     state, hidden, attended = filled(built), random(B, N, D, seed=40), random(B, H, N, D // H, seed=41)
 
     def mixed(kind):
-        heads = AttentionHeads(hidden, *[attended] * 4, lambda: attended.sum(-1), None)
+        heads = AttentionHeads(hidden, *[attended] * 4, attended.sum(-1), None)
         return kind.mix(heads, state)
 
     sigma = rearrange(built.retrieval(hidden), "b n -> b 1 n 1")

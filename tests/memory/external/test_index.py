@@ -9,7 +9,7 @@ import torch
 
 from memlib.config import IndexConfig
 from memlib.memory.external.index import LEAST, SearchIndex, pq_parts
-from memlib.memory.search import exact_search
+from memlib.ops import exact_search
 
 KINDS = ("flat", "ivf", "ivfpq", "hnsw")
 

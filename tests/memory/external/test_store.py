@@ -12,7 +12,7 @@ from memlib.config import IndexConfig
 from memlib.memory.external.index import LEAST
 from memlib.memory.external.stale import stale_keys
 from memlib.memory.external.store import Shape, Store, StoreError
-from memlib.memory.search import TIE
+from memlib.ops import TIE
 
 H, K, V = 2, 4, 3
 
