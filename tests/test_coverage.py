@@ -25,7 +25,7 @@ from memlib.cli import build_parser
 from memlib.config import Config, ConfigError, override, reference
 from memlib.config.fields import convert
 from memlib.evaluation.capacity import capacity, designs
-from memlib.memory.chapters.attention import softmax_scores
+from memlib.ops import memory_attention_weights
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "coverage.md").read_text(encoding="utf-8")
@@ -283,7 +283,7 @@ def attention_operations(blocks, n=64, d=32):
     q, k = torch.randn(1, 1, n, d), torch.randn(1, 1, n, d)
     with FlopCounterMode(display=False) as counter:
         for part in q.chunk(blocks, 2):
-            softmax_scores(part, k, None) @ k
+            memory_attention_weights(part, k) @ k
     return counter.get_total_flops()
 
 

@@ -284,9 +284,7 @@ class BankLevel(nn.Module):
         self.weight_point(address)
         strength = share * (opened * rearrange(mask, "b n -> b n 1"))
         values = torch.tanh(self.v_proj(hidden))
-        after = decaying_write(
-            banks, self.by_bank(address), strength, self.log_decay(mask, *pace), values
-        )
+        after = decaying_write(banks, self.by_bank(address), strength, self.log_decay(mask, *pace), values)
         self.after_point(lambda: rearrange(after, "b k s e -> b (k s) e"))
         return after
 

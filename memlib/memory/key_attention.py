@@ -69,9 +69,9 @@ class MemoryAttention(nn.Module):
         nn.init.constant_(self.sharpness, self.initial_sharpness)
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
-        how = {"bias": bias, "scale": self.scale(keys), "top_k": self.top_k}
-        self.weight_point(lambda: memory_attention_weights(query, keys, **how))
-        return cast(Tensor, memory_attention(query, keys, values, **how))
+        scale, k = self.scale(keys), self.top_k
+        self.weight_point(lambda: memory_attention_weights(query, keys, bias=bias, scale=scale, top_k=k))
+        return cast(Tensor, memory_attention(query, keys, values, bias=bias, scale=scale, top_k=k))
 
     def scale(self, keys: Tensor) -> Tensor:
         return self.sharpness * keys.shape[-1] ** 0.5
@@ -90,4 +90,3 @@ class MemoryAttention(nn.Module):
 def in_time_order(kept: Tensor, count: int) -> Tensor:
     """Where the tokens of kept: [b n] stand, earliest first, filled up with others: [b c]."""
     return kept.to(torch.int8).argsort(stable=True, dim=-1, descending=True)[:, :count]
-

@@ -179,7 +179,8 @@ class BankWrite(nn.Module):
         self.input_point(opened)
         self.forget_point(lambda: torch.zeros_like(opened))  # overwritten content is fully erased
         index = in_time_order(kept, n if self.training else ceil(self.ratio * n))
-        return Survivors(*(take_rows(t, index) for t in (new, opened, kept)), index, n)
+        new, opened, kept = (take_rows(tokens, index) for tokens in (new, opened, kept))
+        return Survivors(new, opened, kept, index, n)
 
     def spread(self, tokens: Survivors, slots: Tensor) -> Tensor:
         """Fixed slots: every token updates the slots its key means; slots: [b s e] -> [b s e]."""

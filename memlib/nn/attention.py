@@ -120,4 +120,3 @@ class SelfAttention(nn.Module):
     def without_positions(self, keys: Tensor) -> Tensor:
         """The window's keys as `project` made them: [b h m k], the first at position 0."""
         return keys if self.rotary is None else self.rotary(keys, inverse=True)
-

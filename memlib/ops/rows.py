@@ -34,7 +34,9 @@ def put_rows(into: Tensor, new: Tensor, place: Tensor, valid: Tensor) -> Tensor:
     first = rearrange(torch.arange(b * h, device=place.device) * c, "(b h) -> b h 1", h=h)
     flat = rearrange(rearrange(place, "b n -> b 1 n") + first, "b h n -> (b h n)")
     table, rows = rearrange(into, "b h c k -> (b h c) k"), rearrange(new, "b h n k -> (b h n) k")
-    kept = torch.where(repeat(valid, "b n -> (b h n) 1", h=h), rows.to(into.dtype), table.index_select(0, flat))
+    kept = torch.where(
+        repeat(valid, "b n -> (b h n) 1", h=h), rows.to(into.dtype), table.index_select(0, flat)
+    )
     return rearrange(table.index_copy(0, flat, kept), "(b h c) k -> b h c k", b=b, h=h)
 
 

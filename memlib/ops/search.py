@@ -13,7 +13,7 @@ from einops import einsum, rearrange, reduce, repeat
 from torch import Tensor
 
 from memlib.ops.dispatch import eager_cpu
-from memlib.ops.selected import top_index
+from memlib.ops.selected import COLUMNS_FROM, top_index, top_of_finite
 
 TIE = 1e-4  # of two items whose scores differ by less, the newer comes first
 CACHED = 2**19  # scores computed and searched at a time: 2 MiB
@@ -51,6 +51,9 @@ def nearest(query: Tensor, keys: Tensor, serial: Tensor, top_k: int, chunk: int 
         return nearest_reference(query, keys, serial, top_k, chunk)
     b, h, n, _ = query.shape
     bonus = newer_bonus(serial, chunk).to(query.dtype)
+    hidden = bonus.isneginf()
+    bonus.clamp_(min=torch.finfo(query.dtype).min / 2)
+    packs = query.dtype != torch.float64 and bonus.shape[1] < COLUMNS_FROM
     rows = max(1, CACHED // (h * keys.shape[2]))
     found = serial.new_empty(b, h, n, top_k)
     for row in range(b):
@@ -60,8 +63,12 @@ def nearest(query: Tensor, keys: Tensor, serial: Tensor, top_k: int, chunk: int 
             score = query[row, :, at] @ transposed
             if chunk > 1:
                 score = reduce(score, "h n (c m) -> h n c", "mean", m=chunk)
-            place = top_index(score.add_(bonus[row]), top_k // chunk)
-            place.masked_fill_(bonus[row].isneginf()[place], -1)
+            score.add_(bonus[row])
+            if packs:
+                place = top_of_finite(score.to(torch.float64), top_k // chunk)
+            else:
+                place = top_index(score, top_k // chunk)
+            place.masked_fill_(hidden[row][place], -1)
             found[row, :, at] = place if chunk == 1 else chunk_places(place, chunk)
     return found
 

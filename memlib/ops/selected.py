@@ -12,6 +12,8 @@ gradient of the table sorts the index, so that every row is summed in one fixed 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -106,6 +108,11 @@ class SelectedSum(torch.autograd.Function):
         )
 
 
+def heads_of(index: Tensor) -> Iterator[tuple[int, int]]:
+    """Each row and head of the batch: in turn, a dense matrix of all rows stays in the cache."""
+    return product(range(index.shape[0]), range(index.shape[1]))
+
+
 def flat_index(index: Tensor, rows: int) -> Tensor:
     """The index into all tables one after another: [b h n j] -> [(b h n) j]."""
     b, h = index.shape[:2]
@@ -129,7 +136,11 @@ def inner_products(query: Tensor, table: Tensor, index: Tensor) -> Tensor:
     """query_n . table_{index_nj}: [b h n j]."""
     b, h, n, j = index.shape
     if table.shape[2] <= DENSE_BELOW * j:
-        return (query @ table.transpose(-1, -2)).gather(-1, index)
+        score, found = query.new_empty(n, table.shape[2]), query.new_empty(b, h, n, j)
+        for at in heads_of(index):
+            torch.mm(query[at], table[at].T, out=score)
+            torch.gather(score, -1, index[at], out=found[at])
+        return found
     bags = b * h * n
     score = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         rearrange(query, "b h n k -> (b h n) k").contiguous(),
@@ -147,8 +158,14 @@ def scattered_rows(weight: Tensor, query: Tensor, index: Tensor, like: Tensor) -
     b, h, n, j = index.shape
     rows = like.shape[2]
     if rows <= DENSE_BELOW * j:
-        dense = weight.new_zeros(b, h, n, rows).scatter_add_(-1, index, weight)
-        return dense.transpose(-1, -2) @ query
+        dense, found = (
+            weight.new_empty(n, rows),
+            torch.empty_like(like, memory_format=torch.contiguous_format),
+        )
+        for at in heads_of(index):
+            dense.zero_().scatter_add_(-1, index[at], weight[at])
+            torch.mm(dense.T, query[at], out=found[at])
+        return found
     flat = rearrange(flat_index(index, rows), "i j -> (i j)")
     total = flat.numel()
     order = (flat * total + torch.arange(total)).numpy()
@@ -186,10 +203,17 @@ def top_index(score: Tensor, top_k: int) -> Tensor:
         chosen = np.argpartition(array, c - top_k, axis=-1)[..., c - top_k :]
         array = np.take_along_axis(array, chosen, -1)
         return torch.from_numpy(np.take_along_axis(chosen, descending(array), -1))
-    # A float32 as a float64 leaves 29 bits free: with the index in them, numpy's vectorised selection and
-    # sorting of numbers need no second array.
     largest = torch.finfo(torch.float32).max
-    wide = score.to(torch.float64).clamp_(-largest, largest)
+    return top_of_finite(score.to(torch.float64).clamp_(-largest, largest), top_k)
+
+
+def top_of_finite(wide: Tensor, top_k: int) -> Tensor:
+    """`top_index` of float32 numbers in float64, all finite: [... c], which is overwritten -> [... top_k].
+
+    Such a number has 29 bits free: with the index in them, numpy's vectorised selection and sorting of
+    numbers need no second array.
+    """
+    c = wide.shape[-1]
     wide.view(torch.int64).bitwise_or_(torch.arange(c))
     array = wide.numpy()
     if top_k < c:

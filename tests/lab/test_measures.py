@@ -20,8 +20,8 @@ from memlib.lab.measures import (
 )
 from memlib.lab.trace import TraceError
 from memlib.lab.widgets import hits_view, reading_over_text
-from memlib.ops import gated_write
 from memlib.models import MemoryTransformer
+from memlib.ops import gated_write
 
 
 def stirred(preset="recall_internal", **changes) -> MemoryTransformer:

@@ -100,6 +100,8 @@ class Tokens(Memory):
     After a segment each token moves towards what it attends to in it (RMT's tokens, one layer at a time).
     """
 
+    uses_logsumexp = True
+
     def __init__(self, config: TokensConfig, hidden_dim: int) -> None:
         super().__init__(config, hidden_dim)
         self.start = nn.Parameter(torch.empty(config.num_tokens, hidden_dim))
@@ -117,7 +119,7 @@ class Tokens(Memory):
         keys, values = heads.project(state.tokens)
         score = einsum(heads.queries, keys, "b h n k, b h m k -> b h n m") * keys.shape[-1] ** -0.5
         own = torch.logsumexp(score, -1) + rearrange(self.bias.bias, "h -> h 1")
-        share = torch.sigmoid(own - heads.logsumexp())
+        share = torch.sigmoid(own - heads.logsumexp)
         read = einsum(torch.softmax(score, -1), values, "b h n m, b h m k -> b h n k")
         return torch.lerp(heads.attended, read, rearrange(share, "b h n -> b h n 1"))
 

@@ -273,7 +273,7 @@ def test_the_defaults_are_the_documents():
     ("changes", "said"),
     [
         ({"memory.ltm.slot_dim": 7}, "memory.ltm.slot_dim = 7: must be even"),
-        ({"memory.ltm.memory_compression_ratio": 0.0}, "nothing would survive"),
+        ({"memory.ltm.memory_compression_ratio": 0.0}, "no token would be written"),
         ({"memory.ltm.memory_compression_ratio": 1.5}, "at most 1"),
     ],
 )

@@ -106,7 +106,7 @@ def softmax_over_books(memory):
 
 
 def softmax_over_tokens(memory):
-    around(memory.reader.attention, "score", lambda score, *a: score(*a).softmax(1))
+    around(memory.reader.attention, "weights", lambda weights, *a: weights(*a).log().softmax(1))
 
 
 def values_beside_other_keys(memory):
@@ -206,7 +206,8 @@ def cuts_the_values(memory):
 
 
 def cuts_the_input_gate(memory):
-    output(memory.banks.input_gate, torch.detach)
+    for parameter in memory.banks.input_gate.parameters():
+        parameter.requires_grad_(False)
 
 
 def cuts_the_query(memory):

@@ -42,7 +42,9 @@ def test_put_rows_equals_its_reference(agrees, traces):
 @pytest.mark.parametrize("first", [False, True])
 def test_token_shift_equals_its_reference(n, first, agrees):
     torch.manual_seed(n)
-    agrees(token_shift, token_shift_reference, [random(2, n, 5), random(5), *([random(2, 5)] if first else [])])
+    agrees(
+        token_shift, token_shift_reference, [random(2, n, 5), random(5), *([random(2, 5)] if first else [])]
+    )
 
 
 def test_token_shift_in_other_modes(traces, near_in_half):

@@ -7,7 +7,7 @@ u chapters that are read by anyone, c chapters that one row reads, t tokens of a
 from __future__ import annotations
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -74,11 +74,11 @@ class MemoryCrossAttention(nn.Module):
         q = self.queries(hidden)
         k = self.heads(self.k_proj(memory), len(hidden), chapters)
         v = self.heads(self.v_proj(memory), len(hidden), chapters)
+        mask = None if bias is None else rearrange(bias, "b n m -> b 1 n m")
         if self.flash:
-            mask = None if bias is None else rearrange(bias, "b n m -> b 1 n m")
             read = ops.attention(q, k, v, mask)
         else:
-            read = einsum(softmax_scores(q, k, bias), v, "b h n m, b h m k -> b h n k")
+            read = ops.attention_reference(q, k, v, mask)
         return self.o_proj(rearrange(read, "b h n k -> b n (h k)"))
 
     def weights(
@@ -86,7 +86,7 @@ class MemoryCrossAttention(nn.Module):
     ) -> Tensor:
         """How much each token takes of each memory token: [b h n m], sums to 1 over m."""
         k = self.heads(self.k_proj(memory), len(hidden), chapters)
-        return softmax_scores(self.queries(hidden), k, bias)
+        return ops.memory_attention_weights(self.queries(hidden), k, bias=bias)
 
     def queries(self, hidden: Tensor) -> Tensor:
         return rearrange(self.q_proj(hidden), "b n (h k) -> b h n k", h=self.num_heads)
@@ -98,9 +98,3 @@ class MemoryCrossAttention(nn.Module):
         elif projected.ndim == 2:
             projected = repeat(projected, "m i -> b m i", b=rows)
         return rearrange(projected, "b m (h k) -> b h m k", h=self.num_heads)
-
-
-def softmax_scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax_m(q . k_m / sqrt(k) + bias); q: [b h n k], k: [b h m k] -> [b h n m]."""
-    score = einsum(q, k, "b h n k, b h m k -> b h n m") * q.shape[-1] ** -0.5
-    return torch.softmax(score if bias is None else score + rearrange(bias, "b n m -> b 1 n m"), -1)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlib.memory.chapters.banks import MemoryBank, Rows
+from memlib.ops import dequantize
 
 Q_MAX = {8: 127, 4: 7}
 
@@ -55,9 +56,7 @@ def quantize_memory_bank(tensor: Tensor, bits: int = 8, group_size: int = 64) ->
 
 def dequantize_memory_bank(quantized: Tensor, scales: Tensor) -> Tensor:
     """Dequantise the output of `quantize_memory_bank`: [... d], of the scales' type."""
-    q = unpack(quantized) if quantized.dtype == torch.uint8 else quantized
-    grouped = groups(q.to(scales.dtype), scales.shape[-1]) * rearrange(scales, "... -> ... 1")
-    return rearrange(grouped, "... g w -> ... (g w)")[..., : q.shape[-1]]
+    return dequantize(quantized, scales)
 
 
 def groups(tensor: Tensor, count: int) -> Tensor:
@@ -70,12 +69,6 @@ def pack(q: Tensor) -> Tensor:
     """Pack two values -8 … 7 into each byte: int8 [... d] -> uint8 [... d/2]."""
     low, high = rearrange((q + 8).to(torch.uint8), "... (d two) -> two ... d", two=2)
     return low | (high << 4)
-
-
-def unpack(packed: Tensor) -> Tensor:
-    """The inverse of `pack`: uint8 [... d/2] -> int8 [... d]."""
-    pair = torch.stack((packed & 15, packed >> 4), -1)
-    return rearrange(pair, "... d two -> ... (d two)").to(torch.int8) - 8
 
 
 class StraightThrough(torch.autograd.Function):

@@ -172,13 +172,14 @@ class StateBackend:
             place, weight = (rearrange(t, "b h n j -> b (h n j)") for t in (hits.index, weight))
             weights = weights.scatter_add(1, place, weight.to(weights.dtype))
             place = least_retrieved(state.serial, weights, n)
+            weights = put(torch.zeros_like(place, dtype=weights.dtype), place, new.valid, weights)
         else:
             place = serial % self.config.capacity
         return ExternalState(
             keys=put_rows(state.keys, new.keys, place, new.valid),
             values=put_rows(state.values, new.values, place, new.valid),
             serial=put(serial, place, new.valid, state.serial),
-            retrieved=put(torch.zeros_like(place, dtype=weights.dtype), place, new.valid, weights),
+            retrieved=weights,
             count=state.count + new.valid.sum(1),
             last=new.last.to(state.last.dtype),
         )

@@ -105,7 +105,7 @@ class Implemented:
             raise AssertionError("the comparison has no projections of a layer: give it some")
 
         queries = keys = values = torch.full_like(attended, torch.nan)  # of the layer; not compared yet
-        heads = AttentionHeads(hidden, queries, keys, values, attended, lambda: logsumexp, unused)
+        heads = AttentionHeads(hidden, queries, keys, values, attended, logsumexp, unused)
         return memory.mix(heads, state)
 
     def write(self, memory: Any, hidden: Tensor, state: Any, mask: Tensor) -> Any:

@@ -17,7 +17,7 @@ SLOPE = 0.25  # of sigma at 0
 # the rest is compared. When the memory is corrected, set the value after the semicolon.
 DROPPED_COME_LAST = True  # dropped tokens stand behind the survivors, not in their own place; False
 DROPPED_COUNT_IN_USE = True  # rows with padding give some dropped tokens a gradient out of training; False
-TAKEN_KEEPS = 1e-6  # what is left of what a taken slot said before: it should be empty; 0.0
+TAKEN_KEEPS = 0.0  # what is left of what a taken slot said before: it should be empty; 0.0
 
 
 class LtmReference(Reference):
