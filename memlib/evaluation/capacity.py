@@ -165,8 +165,8 @@ counts capacity. It does not measure recall: the README's tables and the diary d
 **places** is the number of slots, blocks or pairs that store content; **width** is the number of values in
 one. **tokens** counts a place as one token, and a block or a summary as the tokens it averages. A bank mixes
 all tokens that are written to one slot, so for a bank this number is neither guaranteed nor a limit. A ring,
-a store and pairs keep each token separately. The **whole state** includes counters, which are integers; its real
-numbers are float32 whatever the type of the weights.
+a store and pairs keep each token separately. The **whole state** includes counters, which are integers; its
+real numbers are float32 whatever the type of the weights.
 
 ## Default sizes
 

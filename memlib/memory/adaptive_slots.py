@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
-from torch.nn import functional as F
+
+from memlib.nn.linear import unit
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class SlotRule:
 
     def asked(self, query: Tensor, mask: Tensor, keys: Tensor, age: Tensor) -> Tensor:
         """The slots some token of mask: [b n] asks for; query: [b n k], keys: [b s k] -> [b s]."""
-        alike = einsum(query, F.normalize(keys, dim=-1), "b n k, b s k -> b n s") >= self.match_threshold
+        alike = einsum(query, unit(keys), "b n k, b s k -> b n s") >= self.match_threshold
         return (alike & rearrange(mask, "b n -> b n 1")).any(1) & (age < self.reclaim_after)
 
     @torch.no_grad()
@@ -52,7 +53,7 @@ class SlotRule:
         slots = torch.arange(age.shape[1], device=age.device)
         chosen, fresh = [], []
         for t in range(new.shape[1]):
-            cosine = einsum(F.normalize(keys, dim=-1), new[:, t], "b s k, b k -> b s")
+            cosine = einsum(unit(keys), new[:, t], "b s k, b k -> b s")
             best, alike = cosine.masked_fill(age >= self.reclaim_after, -torch.inf).max(-1)
             longest = (age * len(slots) - slots).argmax(-1)
             matched = best >= self.match_threshold

@@ -10,10 +10,9 @@ from typing import cast
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from memlib.nn.hook_point import HookPoint
-from memlib.nn.linear import Linear, vectors_for_scalars
+from memlib.nn.linear import Linear, unit, vectors_for_scalars
 from memlib.ops import memory_attention, memory_attention_weights, token_shift
 
 
@@ -38,7 +37,7 @@ class TokenKey(nn.Module):
 
     def query(self, hidden: Tensor) -> Tensor:
         """hidden: [b n d] -> [b n k]."""
-        return F.normalize(self.proj(hidden), dim=-1)
+        return unit(self.proj(hidden))
 
     def key(self, hidden: Tensor) -> Tensor:
         """hidden: [b n d], zero at padding -> [b n k]; the first token has zeros before it."""

@@ -46,6 +46,12 @@ def initialise(module: nn.Module) -> nn.Module:
     return module
 
 
+def unit(vectors: Tensor) -> Tensor:
+    """Vectors at length 1, zero where they are zero, also in half precision: [... k] -> [... k]."""
+    smallest = max(1e-12, torch.finfo(vectors.dtype).tiny)
+    return F.normalize(vectors, dim=-1, eps=smallest)
+
+
 def vectors_for_scalars(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """A hook for loading weights of version 0.1, which saved parameters of one number without an axis."""
     for name, _parameter in module.named_parameters(recurse=False):

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 
 def eager_cpu(*tensors: Tensor | None) -> bool:
-    """True if all tensors are plain CPU tensors (no subclass) and nothing is being traced."""
-    if torch.compiler.is_compiling():
+    """True if all tensors are plain CPU tensors (no subclass), outside tracing and autocast.
+
+    Under autocast the reference runs, whose products torch casts one by one.
+    """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     return all(t is None or (type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu") for t in tensors)

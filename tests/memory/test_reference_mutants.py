@@ -13,6 +13,8 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F
 
+from memlib.memory import hds
+from memlib.memory.gates import gates_of_pairs
 from tests.laws.cases import small_options
 
 from .references.compare import agree, build
@@ -206,8 +208,16 @@ def cuts_the_values(memory):
 
 
 def cuts_the_input_gate(memory):
-    for parameter in memory.banks.input_gate.parameters():
-        parameter.requires_grad_(False)
+    def cut(*given):
+        opened, *others = gates_of_pairs(*given)
+        return [opened.detach(), *others]
+
+    def write(method, *given):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hds, "gates_of_pairs", cut)
+            return method(*given)
+
+    around(memory.banks, "write", write)
 
 
 def cuts_the_query(memory):

@@ -34,7 +34,6 @@ from typing import Any
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from memlib.config import ExternalMemoryConfig
 from memlib.memory.base import AttentionHeads, Memory, State
@@ -44,7 +43,7 @@ from memlib.memory.external.retrieval_gate import RetrievalGate
 from memlib.memory.external.store import Store
 from memlib.memory.gates import HeadGate
 from memlib.nn.hook_point import HookPoint
-from memlib.nn.linear import Linear
+from memlib.nn.linear import Linear, unit
 from memlib.ops import merge_weight, take_rows, token_shift
 
 
@@ -209,7 +208,7 @@ class ExternalMemory(Memory):
 
     def address(self, proj: nn.Linear, features: Tensor) -> Tensor:
         """Unit vectors by head; features: [b n d] -> [b h n k]."""
-        return F.normalize(rearrange(proj(features), "b n (h k) -> b h n k", h=self.config.num_heads), dim=-1)
+        return unit(rearrange(proj(features), "b n (h k) -> b h n k", h=self.config.num_heads))
 
     def scored(self, hits: Hits) -> Hits:
         """Cosines as scores, each head with its own sharpness."""
