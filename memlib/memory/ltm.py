@@ -172,8 +172,9 @@ class BankWrite(nn.Module):
         importance = torch.sigmoid(logit)
         order = self.explored(logit) if self.keep == "learned" else lottery(mask, segments)
         kept = survivors(order, mask, self.ratio)
-        worth = SLOPE * (logit - logit.detach()) * (mask & ~kept)
-        opened = importance * kept + worth
+        opened = importance * kept
+        if self.training:  # the gradient of what a dropped token would have been worth; its value is zero
+            opened = opened + SLOPE * (logit - logit.detach()) * (mask & ~kept)
         self.importance_point(importance)
         self.kept_point(kept)
         self.input_point(opened)

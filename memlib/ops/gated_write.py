@@ -77,7 +77,10 @@ def decaying_write(
     dtype = torch.promote_types(slots.dtype, torch.float32)
     address, strength, log_decay, values = (t.to(dtype) for t in (address, strength, log_decay, values))
     total = reduce(log_decay, "b n h -> b 1 h", "sum")
-    coefficient = strength * torch.exp(total - torch.cumsum(log_decay, 1))
+    # Summed from the end: total - cumsum would lose all digits where decay is fast.
+    after = F.pad(log_decay[:, 1:], (0, 0, 0, 1))
+    later = torch.flip(torch.cumsum(torch.flip(after, [1]), 1), [1])
+    coefficient = strength * torch.exp(later)
     weight = address * rearrange(coefficient, "b n h -> b n h 1")
     kept = slots.to(dtype) * rearrange(torch.exp(total), "b 1 h -> b h 1 1")
     new = rearrange(weight, "b n h s -> b (h s) n") @ values

@@ -87,3 +87,23 @@ def test_decaying_write_in_other_modes(traces, near_in_half):
     traces(decaying_write, decaying_inputs(dtype=torch.float32))
     near_in_half(decaying_write, decaying_inputs(), within=16)
     torch.autograd.gradcheck(decaying_write, [t.requires_grad_() for t in decaying_inputs(1, 3, 2, 2, 2)])
+
+
+@pytest.mark.parametrize("pace", [1.0, 30.0, 3000.0])
+def test_fast_decay_keeps_its_digits_in_float32(pace):
+    """In float32 as in float64, also where one token leaves nothing of the tokens before it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    given = (
+        random(2, 3, 4, 5),
+        random(2, 64, 3, 4),
+        random(2, 64, 3),
+        -pace * random(2, 64, 3),
+        random(2, 64, 5),
+    )
+    want = decaying_write_reference(*given)
+    got = decaying_write(*(tensor.float() for tensor in given))
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)

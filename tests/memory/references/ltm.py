@@ -16,7 +16,7 @@ SLOPE = 0.25  # of sigma at 0
 # Where the memory differs from its equations today. The reference imitates each difference, so that all
 # the rest is compared. When the memory is corrected, set the value after the semicolon.
 DROPPED_COME_LAST = True  # dropped tokens stand behind the survivors, not in their own place; False
-DROPPED_COUNT_IN_USE = True  # rows with padding give some dropped tokens a gradient out of training; False
+DROPPED_COUNT_IN_USE = False  # rows with padding give some dropped tokens a gradient out of training; False
 TAKEN_KEEPS = 0.0  # what is left of what a taken slot said before: it should be empty; 0.0
 
 
