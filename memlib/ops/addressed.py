@@ -62,7 +62,7 @@ def read_at(address: Tensor, slots: Tensor, share: Tensor | None = None) -> Tens
     if share is not None:
         address = address * rearrange(share.to(address.dtype), "b n h -> b n h 1")
     flat = rearrange(slots.to(address.dtype), "b h s e -> b (h s) e")
-    y = torch.bmm(rearrange(address, "b n h s -> b n (h s)"), flat)
+    y = rearrange(address, "b n h s -> b n (h s)") @ flat
     return y if share is not None else y / address.shape[2]
 
 

@@ -14,7 +14,7 @@ Sources: Vaswani et al. 2017, arXiv 1706.03762; Dao et al. 2022, arXiv 2205.1413
 
 from __future__ import annotations
 
-import math
+from math import sqrt
 from typing import Any
 
 import torch
@@ -74,10 +74,7 @@ def attention_with_lse(
     learned = mask is not None and mask.is_floating_point() and mask.requires_grad
     empty = not (q.shape[-2] and k.shape[-2] and q.shape[0] and q.shape[1])
     if q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and not learned and not empty:
-        # The division is torch's own: k ** -0.5 differs in the last bit for some widths.
-        return flash(
-            q, k, v, as_bias(mask, q), causal, 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        )
+        return flash(q, k, v, as_bias(mask, q), causal, 1 / sqrt(q.shape[-1]) if scale is None else scale)
     lse = logsumexp(scores(q, k, mask, causal, scale))
     return attention(q, k, v, mask, causal=causal, scale=scale), lse
 
