@@ -20,15 +20,15 @@ MUTANTS = {
     "forget gate pinned to 1": (
         "03_internal_memory",
         "memory/internal.py",
-        'self.forget_probe(rearrange(torch.sigmoid(self.forget_gate(context)), "b n 1 -> b n"))',
-        "self.forget_probe(torch.ones_like(mask, dtype=hidden.dtype))",
+        "self.forget_point(kept)\n        strength = address",
+        "kept = torch.ones_like(kept)\n        self.forget_point(kept)\n        strength = address",
     ),
     "segment written before it is read": (
         "03_internal_memory",
-        "models/transformer.py",
-        "output = read(stream, past.keys[layer], past.values[layer], allowed, states)",
-        "states = tuple(m.write(stream, s, new) for m, s in zip(block.memories.memory_list, states)); "
-        "output = read(stream, past.keys[layer], past.values[layer], allowed, states)",
+        "models/block.py",
+        "states = [] if memory is None else self.memories.open(memory, residual.dtype)",
+        "own = [] if memory is None else zip(self.memories.memory_list, memory.states, strict=True)\n"
+        "        states = [m.write(self.attention_norm(residual), s, memory.mask) for m, s in own]",
     ),
     "reset forgets nothing": (
         "00_start_here",
@@ -38,7 +38,7 @@ MUTANTS = {
     ),
     "a shut gate searches all the same": (
         "07_hybrid",
-        "memory/external.py",
+        "memory/external/memory.py",
         "search = gate > self.config.retrieval_threshold",
         "search = torch.ones_like(gate, dtype=torch.bool)",
     ),
@@ -50,45 +50,45 @@ MUTANTS = {
     ),
     "values filed one place off": (
         "06_external_memory",
-        "memory/external.py",
+        "memory/external/memory.py",
         'values=rearrange(self.v_proj(hidden), "b n (h k) -> b h n k", h=self.config.num_heads),',
         'values=rearrange(self.v_proj(hidden.roll(1, 1)), "b n (h k) -> b h n k", h=self.config.num_heads),',
     ),
     "the joint softmax forgets the window": (
         "06_external_memory",
-        "memory/external.py",
-        "torch.logsumexp(found.score, -1) + logit - logsumexp()",
-        "torch.logsumexp(found.score, -1) + logit",
+        "memory/external/memory.py",
+        "merge_weight(heads.logsumexp, torch.logsumexp(hits.score, -1), logit)",
+        "torch.sigmoid(torch.logsumexp(hits.score, -1) + logit)",
     ),
     "a segment chooses for itself": (
         "08_chapters",
-        "memory/chapters.py",
+        "memory/chapters/memory.py",
         "            return before",
         "            return hidden.mean(1, keepdim=True)",
     ),
     "a single chapter's weight does not count": (
         "08_chapters",
-        "memory/chapters.py",
+        "memory/chapters/memory.py",
         "return log_weights.exp().sum(-1, keepdim=True) * read",
         "return read",
     ),
     "no gradient passes the rounding": (
         "09_low_rank_quantised",
-        "memory/quantization.py",
+        "memory/chapters/quantization.py",
         "return gradient, None, None",
         "return 0 * gradient, None, None",
     ),
     "halves of a byte are swapped": (
         "09_low_rank_quantised",
-        "memory/quantization.py",
+        "memory/chapters/quantization.py",
         "return low | (high << 4)",
         "return high | (low << 4)",
     ),
     "attention sees the future": (
         "01_baseline_transformer",
         "nn/attention.py",
-        "mask, is_causal=mask is None",
-        "mask, is_causal=False",
+        "attention(q, keys, values, mask, causal=mask is None), keys",
+        "attention(q, keys, values, mask), keys",
     ),
     "what is written is drawn by lot": (
         "04_long_term_memory",
