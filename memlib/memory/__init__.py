@@ -1,7 +1,7 @@
-"""Everything that remembers, one file per idea, and the registry that names them.
+"""Every memory, one file or subpackage each, and the registry of their names.
 
-A memory joins the house with its file here, its dataclass and field in `memlib.config`, and its line
-below. The laws' tests, the trace and the comparison notebooks then cover it.
+A memory is added with its file here, its dataclass and field in `memlib.config.memory`, and its line below:
+CONTRIBUTING.md walks through it. The laws, references, recordings and comparisons then cover it.
 """
 
 from __future__ import annotations

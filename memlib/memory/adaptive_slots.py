@@ -2,16 +2,15 @@
 
 Source: "LTM Transformer Architecture", Future Improvements (docs/coverage.md); the rule is ours.
 
-The rule, in full. A slot is in use, or it is free: empty, and not read.
+A slot is either in use or free. A free slot is empty and is not read. The rule:
 
-- **Taking.** A token that is written goes to the slot in use whose key is most like its own, if their cosine
-  is at least `match_threshold`. Otherwise it takes the slot that was not used for longest, emptied: free
-  ones come first, and of equals the lower number. A slot that is taken has the token's key and says
-  nothing, before the token is written to it. So a bank grows with what there is to tell apart.
-- **Use.** A slot is used by being written, or by being asked for: some token of the segment has a query
-  whose cosine with the slot's key is at least `match_threshold`. Asking comes before taking.
-- **Reclaiming.** A slot not used for `reclaim_after` segments is emptied and free.
-- **Pruning.** A slot whose value is shorter than `prune_below` says next to nothing, is emptied and free.
+- **Allocate.** A written token goes to the slot in use with the most similar key, if their cosine is at least
+  `match_threshold`. Otherwise it takes the least recently used slot, emptied: free slots come first, ties go
+  to the lower index. Before the token is written to it, the slot gets the token's key and a zero value.
+- **Use.** A write uses a slot. So does a query: some token of the segment has a query with a cosine of at
+  least `match_threshold` to the slot's key. Queries come before writes.
+- **Reclaim.** A slot without use for `reclaim_after` segments is emptied and free.
+- **Prune.** A slot with a value shorter than `prune_below` is emptied and free.
 
 Axes: b batch, c tokens that are written, s slots, k key width.
 """
@@ -36,7 +35,7 @@ class SlotRule:
     prune_below: float
 
     def asked(self, query: Tensor, mask: Tensor, keys: Tensor, age: Tensor) -> Tensor:
-        """The slots some token of mask: [b n] asks for; query: [b n k], keys: [b s k] -> [b s]."""
+        """Slots that match the query of a real token; query: [b n k], mask: [b n], keys: [b s k] -> [b s]."""
         alike = einsum(query, unit(keys), "b n k, b s k -> b n s") >= self.match_threshold
         return (alike & rearrange(mask, "b n -> b n 1")).any(1) & (age < self.reclaim_after)
 
@@ -44,11 +43,11 @@ class SlotRule:
     def choose(
         self, new: Tensor, strength: Tensor, kept: Tensor, keys: Tensor, age: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Where tokens go, one after another: each sees what those before it took and wrote.
+        """The slot of each token, one after another: each token sees the allocations and writes before it.
 
         new: [b c k] keys, strength, kept: [b c], keys: [b s k], age: [b s] segments since last use, -1 if
-        used in this one -> the slot of each token [b c], whether it was taken anew [b c], and the ages. A
-        token that is not kept is told where it would have gone, and takes nothing.
+        used in this one -> the slot of each token [b c], whether it was newly allocated [b c], and the ages.
+        A token that is not kept gets the slot it would have, and allocates none.
         """
         slots = torch.arange(age.shape[1], device=age.device)
         chosen, fresh = [], []
@@ -69,8 +68,9 @@ class SlotRule:
         return torch.stack(chosen, 1), torch.stack(fresh, 1), age
 
     def reclaim(self, slots: Tensor, values: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
-        """The end of a segment: slots [b s e], values being their second halves, and ages [b s], with what is
-        unused or faint emptied and free."""
+        """Empty and free unused and faint slots at the end of a segment; slots: [b s e], their values, ages:
+        [b s].
+        """
         age = (age + 1).clamp(max=self.reclaim_after)
         faint = values.detach().norm(dim=-1) < self.prune_below
         age = age.masked_fill(faint, self.reclaim_after)

@@ -1,6 +1,6 @@
-"""Addresses: which slots a token means, one book for writing and reading.
+"""Addresses of slots, shared by writes and reads.
 
-Axes: b batch, n tokens, s slots, d hidden, h books, k key width.
+Axes: b batch, n tokens, s slots, d hidden, h address books, k key width.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from memlib.ops import addressed_weights
 
 
 class SlotAddress(nn.Module):
-    """Which slots a feature vector means, by h independent address books over s / h slots each.
+    """Weights over slots, by h independent address books of s / h slots each.
 
         a = softmax(sharpness * (x W_a)_h . address_hs)   within each book's slots
 
-    One address for reading and writing, so that what is filed under a key is found by that key from the
-    first step on. Sharp from the start, a book is a random hash; two keys that share a slot of one book
-    seldom share one of the next, so a few books survive the collisions that one does not (docs/diary.md).
-    x: [b n d] -> [b n s], summing to 1 over each book's slots.
+    Writes and reads use the same address, so that what is written with a key is read with that key from the
+    first step on. With a high initial sharpness a book is a random hash. Two keys that share a slot of one
+    book seldom share one of the next, so a few books survive the collisions that one does not
+    (docs/diary.md). x: [b n d] -> [b n s], summing to 1 over each book's slots.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class SlotAddress(nn.Module):
 
 
 def identity_slots(num_slots: int, dim: int) -> Tensor:
-    """Identity-style rows for any number of slots and width: [s d], unit rows.
+    """Rows of an identity matrix, for any number of slots and any width: [s d], unit rows.
 
-    The first d rows are the identity's; more slots than that go on with the rows of fixed random
-    rotations, orthonormal among themselves, so that no two slots start equal. LM2 starts its memory at
-    the identity and therefore needs slots = width; this is the same start without the restriction.
+    The first d rows are the identity's. Further rows are those of fixed random rotations, orthonormal among
+    themselves, so that no two slots start equal. LM2 starts its memory at the identity and therefore needs as
+    many slots as the width; this removes the restriction.
     """
     eye = torch.eye(dim)
     if num_slots <= dim:

@@ -33,9 +33,9 @@ class Gate(nn.Linear):
 
 
 def gates_of_pairs(hidden: Tensor, gates: Sequence[Gate]) -> list[Tensor]:
-    """Logits of gates that see [x_t, x_{t-1}], in one product and without the pairs themselves.
+    """Logits of gates on [x_t, x_{t-1}], in one product and without building the pairs.
 
-    hidden: [b n d]; gates of 2 d features -> [b n out] of each.
+    hidden: [b n d]; gates with 2 d input features -> [b n out] of each.
     """
     sizes = [gate.out_features for gate in gates]
     weight = rearrange(torch.cat([gate.weight for gate in gates]), "o (two d) -> (two o) d", two=2)

@@ -1,14 +1,14 @@
-"""The hierarchy of states (HDS): four levels a token may ask, from itself to banks that outlive sequences.
+"""Hierarchy of states (HDS): four levels, from the token itself to banks that outlive sequences.
 
     level 0   h_t, the token itself                                        [b n d]
     level 1   the newest complete blocks of chunk_size tokens              [b r d]
     level 2   the mean of all tokens since the last reset                  [b d]
-    level 3   K banks of M slots, each with its own addresses and pace     [b k s e]
+    level 3   K banks of M slots, each with its own addresses and decay    [b k s e]
 
-A token asks all levels and a gate of its own mixes what they answer.
+A token reads all levels; a learned gate mixes the results.
 
 Axes: b batch, n tokens of a segment, r kept blocks, m blocks a segment can complete, k banks, s slots of
-a bank, e slot width, d hidden.
+a bank, e slot width, d hidden, l levels.
 
 Source: "MM-Rec Memory Architecture" (docs/coverage.md). From it:
 
@@ -17,12 +17,12 @@ Source: "MM-Rec Memory Architecture" (docs/coverage.md). From it:
 
 Choices of our own:
 
-- The factor by which a token multiplies a bank is
-  2^(-u_tk / (H_k n)): a segment of n neutral tokens (u = 1) takes a bank down by half in H_k segments.
-- A bank's slots are chosen by the addresses that made the internal memory learn (docs/diary.md), one book
-  a bank. Which banks a token writes to, and which it reads, it chooses by two more gates.
-- A block is visible when it is complete, and like everything else from the next segment on: inside a
-  segment there is attention. Blocks count real tokens only, and may straddle segments.
+- A token multiplies a bank by 2^(-u_tk / (H_k n)): a segment of n neutral tokens (u = 1) halves a bank in
+  H_k segments.
+- Slots of a bank are selected by the addresses of internal memory (docs/diary.md), one address book per bank.
+  Two gates select the banks that a token writes to and reads from.
+- A block is visible from the segment after its completion on, like everything else; inside a segment there
+  is attention. Blocks count real tokens only, and may cross segment borders.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ LEVELS = 4
 @dataclass(frozen=True)
 class BlockState(State):
     """blocks: [b r d], oldest first; complete: [b r], which of them exist; open: [b d], the sum over the
-    block under way; filled: [b], its tokens so far."""
+    incomplete block; filled: [b], its tokens so far.
+    """
 
     blocks: Tensor = axes("batch block feature")
     complete: Tensor = axes("batch block")
@@ -83,7 +84,7 @@ class HdsState(State):
 
 
 class HdsMemory(Memory):
-    """y_t = sum_l g_tl level_l(h_t),  g_t = softmax(h_t W + b): the levels of the hierarchy, mixed."""
+    """y_t = sum_l g_tl level_l(h_t),  g_t = softmax(h_t W + b): a gated mixture of the levels."""
 
     def __init__(self, config: HdsMemoryConfig, hidden_dim: int) -> None:
         super().__init__(config, hidden_dim)
@@ -121,15 +122,14 @@ class HdsMemory(Memory):
 
     @property
     def half_lives(self) -> Tensor:
-        """Segments in which each bank falls to half, for neutral tokens: [k], fastest first at the start."""
+        """Segments in which each bank halves, for neutral tokens: [k], fastest first at the start."""
         return self.banks.half_lives
 
 
 class BlockLevel(nn.Module):
     """Level 1: attention over the means of the newest complete blocks; hidden: [b n d] -> [b n d].
 
-    While there is no complete block a token finds nothing: an empty block with a learned key and no
-    content is always there to look at.
+    An empty block with a learned key and no content is always present, for tokens that match no block.
     """
 
     def __init__(self, config: HdsMemoryConfig, hidden_dim: int) -> None:
@@ -165,10 +165,10 @@ class BlockLevel(nn.Module):
         return cast(Tensor, memory_attention(query, keys, values, bias=bias))
 
     def write(self, hidden: Tensor, state: BlockState, mask: Tensor) -> BlockState:
-        """Put the segment's tokens into blocks; those that are complete join the kept ones.
+        """Add the segment's tokens to blocks; completed blocks join the kept ones.
 
-        With p = tokens of the open block before a token, the token belongs to block p // C of this
-        segment's blocks (the open one is block 0). Rows with padding complete theirs at other tokens.
+        With p = tokens of the open block before a token, the token belongs to block p // C of this segment's
+        blocks (the open one is block 0). Rows with padding complete blocks at other tokens.
         """
         hidden = hidden.to(state.blocks.dtype)
         most = (self.chunk_size - 1 + hidden.shape[1]) // self.chunk_size  # blocks a segment can complete
@@ -215,14 +215,13 @@ class SummaryLevel(nn.Module):
 
 
 class BankLevel(nn.Module):
-    """Level 3: K banks that accumulate and decay, each at its own pace.
+    """Level 3: K banks that accumulate and decay, each at its own rate.
 
         M_k <- M_k prod_t decay_tk + sum_t prod_{u>t} decay_uk  i_t p_tk a_tks v_t
         y_t  = (sum_k r_tk a_tk M_k) W_o
 
-    a: address in each bank's book, of the token before when writing (token shift), of the token itself
-    when reading; i: input gate; p, r: softmax over banks, how much of a token goes to which bank and how
-    much of its reading comes from it; v = tanh(x W_v).
+    a: address in each bank, of the previous token for writes (token shift) and of the token itself for
+    reads; i: input gate; p, r: softmax over banks for writes and reads; v = tanh(x W_v).
     """
 
     def __init__(self, config: HdsMemoryConfig, hidden_dim: int) -> None:
@@ -289,10 +288,10 @@ class BankLevel(nn.Module):
         return after
 
     def log_decay(self, mask: Tensor, logit: Tensor | None = None) -> Tensor:
-        """ln of what each token multiplies each bank with: [b n k]; 0 for padding.
+        """Log of each token's decay factor per bank: [b n k]; 0 for padding.
 
         = -u ln 2 / (H n), with u = 2 sigma(logit), which is 1 at the start. logit: [b n k] of the pace gate,
-        which sees a token and the one before it.
+        on a token and the one before it.
         """
         pace = rearrange(mask, "b n -> b n 1") / (self.half_lives * mask.shape[1])
         if logit is not None:

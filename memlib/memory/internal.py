@@ -45,7 +45,9 @@ class SlotState(State):
 
 
 class InternalMemory(Memory):
-    """Persistent slots, read by cross-attention, written through gates (docs/coverage.md)."""
+    """Persistent slots, read by cross-attention, written through gates (Kang et al. 2025, arXiv
+    2502.06049).
+    """
 
     start: Tensor
 
@@ -83,7 +85,7 @@ class InternalMemory(Memory):
 
 
 class OutputGate(nn.Module):
-    """y = sigma(read W_g + b) * read: the paper's output gate on what was read; [b n d] -> [b n d]."""
+    """y = sigma(read W_g + b) * read: the paper's output gate on a read; [b n d] -> [b n d]."""
 
     def __init__(self, hidden_dim: int) -> None:
         super().__init__()
@@ -117,15 +119,15 @@ class AddressedRead(nn.Module):
 
 
 class AddressedWrite(nn.Module):
-    """Each token writes to the slots its key addresses, one token after another:
+    """Each token writes to the slots that its key addresses, one token after another:
 
-        a_t = address(key_t)                            which slots
-        i_t = sigma(c_t W_i),  f_t = sigma(c_t W_f)     whether to write; what stays where it writes
+        a_t = address(key_t)                            weights over slots
+        i_t = sigma(c_t W_i),  f_t = sigma(c_t W_f)     input gate; share of old content that stays
         M_s <- (1 - a_ts i_t (1 - f_t)) M_s + a_ts i_t tanh(x_t W_v)
 
-    key = x_{t-1} at the start and a learned mixture of x_{t-1} and x_t later (a token shift): a value is
-    filed under the key before it. c = [x_t, x_{t-1}]. A token whose input gate is shut leaves every
-    slot exactly as it was, which is what keeps a memory over a long silence.
+    key = x_{t-1} at the start, a learned mixture of x_{t-1} and x_t later (a token shift): the key of a
+    value is the token before it. c = [x_t, x_{t-1}]. A token with a closed input gate leaves every slot
+    exactly as it was, so that noise does not wear the memory down.
     """
 
     def __init__(
@@ -184,13 +186,13 @@ class AttentionRead(nn.Module):
 
 
 class AttentionWrite(nn.Module):
-    """The paper's write, made causal: slots attend to [slots; segment] once the segment is over.
+    """The paper's write, made causal: slots attend to [slots; segment] after the segment is complete.
 
         U  = Attn(slots W_q, [slots; x] W_k, [slots; x] W_v),  U <- norm(slots + U), U <- norm(U + mlp(U))
         i, f = sigma(mean(x) W_x + tanh(slots) W_m + b),  b_i = 0, b_f = 1
         M' = f * M + i * tanh(U)
 
-    with x = hidden W_in brought to the slots' width. The pooled mean is over the finished segment only.
+    with x = hidden W_in at the slots' width. The pooled mean is over the finished segment only.
     """
 
     def __init__(self, config: InternalMemoryConfig, hidden_dim: int, slot_dim: int) -> None:

@@ -1,6 +1,6 @@
-"""Retrieval by content: unit keys, and attention of tokens over what is kept under keys.
+"""Unit keys, and attention of tokens over slots by their keys: for long-term memory and the ring.
 
-Axes: b batch, n tokens, s places, d hidden, k key width, e value width.
+Axes: b batch, n tokens, s slots, d hidden, k key width, e value width, c selected tokens.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from memlib.ops import memory_attention, memory_attention_weights, token_shift
 
 
 class TokenKey(nn.Module):
-    """What a token asks for, and what it is filed under: two unit vectors of one projection.
+    """Query and key of a token: two unit vectors from one projection.
 
         query_t = u(x_t W),   key_t = u(lerp(x_t, x_{t-1}, shift) W),   u(y) = y / |y|
 
-    One projection for both, so that what is filed under a key is found by that key from the first step
-    on. shift starts at `shift_init`; at 1 a token is filed under the token before it, which is how a
-    value comes to stand under its key (docs/diary.md).
+    With one projection for both, a query finds the key of the same token from the first step on. shift
+    starts at `shift_init`; at 1 a value is stored with the key of the token before it (docs/diary.md).
     """
 
     def __init__(self, hidden_dim: int, key_dim: int, shift_init: float) -> None:
@@ -45,14 +44,14 @@ class TokenKey(nn.Module):
 
 
 class MemoryAttention(nn.Module):
-    """Cross-attention of tokens over a memory's places, O(n s), all of them or each token's top k.
+    """Cross-attention of tokens over slots, O(n s), over all slots or each token's top k.
 
-        w = softmax_s(sharpness sqrt(k) query . key_s + bias_s)     over the places that may be read
-        y = sum_s w_s value_s                                       zero where none may be read
+        w = softmax_s(sharpness sqrt(k) query . key_s + bias_s)     over readable slots
+        y = sum_s w_s value_s                                       zero without readable slots
 
-    query: [b n k], keys: [b s k], values: [b s e], bias: [b s] (-inf: may not be read) -> [b n e].
-    Keys are unit vectors where they were written in full: a random key then scores like a normal number
-    of deviation `sharpness`, a match scores sharpness sqrt(k).
+    query: [b n k], keys: [b s k], values: [b s e], bias: [b s] (-inf: not readable) -> [b n e].
+    Keys written at full strength are unit vectors: the score of a random key has standard deviation
+    `sharpness`, that of a match is sharpness sqrt(k).
     Source: "LTM Transformer Architecture", Memory Attention (docs/coverage.md); the softmax is ours.
     """
 
@@ -76,16 +75,16 @@ class MemoryAttention(nn.Module):
         return self.sharpness * keys.shape[-1] ** 0.5
 
     def weights(self, query: Tensor, keys: Tensor) -> Tensor:
-        """The weights over all places, each of which may be read: [b n s]."""
+        """Weights over all slots, each of them readable: [b n s]."""
         return torch.softmax(query * self.scale(keys) @ keys.transpose(1, 2), -1)
 
     @torch.no_grad()
     def used(self, query: Tensor, keys: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
-        """The largest weight that any token of mask: [b n] gave each place: [b s]."""
+        """Largest weight that a real token gives each slot; mask: [b n] -> [b s]."""
         weight = memory_attention_weights(query, keys, bias=bias, scale=self.scale(keys))
         return reduce(weight * rearrange(mask, "b n -> b n 1"), "b n s -> b s", "max")
 
 
 def in_time_order(kept: Tensor, count: int) -> Tensor:
-    """Where the tokens of kept: [b n] stand, earliest first, filled up with others: [b c]."""
+    """Indices of the selected tokens, earliest first, filled up with other tokens: kept [b n] -> [b c]."""
     return kept.to(torch.int8).argsort(stable=True, dim=-1, descending=True)[:, :count]

@@ -74,7 +74,7 @@ class LongTermMemory(Memory):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fixed slots start with random keys that say nothing, adaptive ones free."""
+        """Fixed slots start with random keys and zero values, adaptive slots free."""
         self.start.zero_()
         if self.rule is None:
             keys = self.start.shape[1] // 2
@@ -91,7 +91,7 @@ class LongTermMemory(Memory):
         return self.reader(hidden, state.slots, self.free(state.age))
 
     def free(self, age: Tensor) -> Tensor | None:
-        """Which slots are empty and not to be read: [b s]; None if none can be."""
+        """Free slots, which are not read: [b s]; None if there can be none."""
         return age >= self.rule.reclaim_after if self.rule else None
 
     def write(self, hidden: Tensor, state: LtmState, mask: Tensor) -> LtmState:
@@ -128,7 +128,9 @@ class BankRead(nn.Module):
 
 @dataclass(frozen=True)
 class Survivors:
-    """new: [b c e]; strength: [b c], zero where not kept: [b c]; index: [b c] in the segment; length n."""
+    """Tokens selected for writing. new: [b c e]; strength: [b c], zero where not kept: [b c]; index: [b c]
+    in the segment; length: n.
+    """
 
     new: Tensor
     strength: Tensor
@@ -138,15 +140,15 @@ class Survivors:
 
 
 class BankWrite(nn.Module):
-    """Compress a segment, then let the survivors update the slots they mean, one after another:
+    """Select tokens of a segment, then let each update the slots that match its key, one after another:
 
         new_t = [key_t, tanh(x_t W_v)]                   a token at the bank's width
         g_t = sigma(new_t W_g + b)                       its importance
-        a_t = softmax_s(sharpness sqrt(k) key_t . M_s)   the slots it means, in the bank before the segment
-        M_s <- (1 - a_ts g_t) M_s + a_ts g_t new_t       for the tokens t that survive
+        a_t = softmax_s(sharpness sqrt(k) key_t . M_s)   attention over the bank before the segment
+        M_s <- (1 - a_ts g_t) M_s + a_ts g_t new_t       for the selected tokens t
 
-    In training a dropped token is carried along at strength zero: nothing is written, and the gradient
-    of its importance is what a little of it would have been worth, at sigma's slope where it starts.
+    In training a dropped token takes part with strength zero: nothing is written, and the gradient of its
+    importance is the effect that a small strength would have had, times sigma's slope at its start.
     """
 
     def __init__(
@@ -165,7 +167,7 @@ class BankWrite(nn.Module):
         self.forget_point = HookPoint("writer.forget", "batch token")
 
     def compress(self, hidden: Tensor, mask: Tensor, segments: Tensor) -> Survivors:
-        """What survives of a segment, in time order; hidden: [b n d], mask: [b n], segments: [b]."""
+        """The selected tokens of a segment, in time order; hidden: [b n d], mask: [b n], segments: [b]."""
         hidden, n = hidden * rearrange(mask, "b n -> b n 1"), mask.shape[1]
         new = torch.cat((self.key.key(hidden), torch.tanh(self.v_proj(hidden))), -1)
         logit = rearrange(self.importance_gate(new), "b n 1 -> b n")
@@ -184,7 +186,7 @@ class BankWrite(nn.Module):
         return Survivors(new, opened, kept, index, n)
 
     def spread(self, tokens: Survivors, slots: Tensor) -> Tensor:
-        """Fixed slots: every token updates the slots its key means; slots: [b s e] -> [b s e]."""
+        """Fixed slots: every token updates the slots that match its key; slots: [b s e] -> [b s e]."""
         keys = halves(slots)[0].to(tokens.new.dtype)
         weight = self.attention.weights(halves(tokens.new)[0], keys)
         self.weight_point(lambda: in_segment(weight, tokens))
@@ -194,9 +196,10 @@ class BankWrite(nn.Module):
     def take_slots(
         self, tokens: Survivors, slots: Tensor, age: Tensor, rule: SlotRule
     ) -> tuple[Tensor, Tensor]:
-        """Adaptive slots: every token updates one slot, or takes one; slots: [b s e], age: [b s].
+        """Adaptive slots: every token updates one slot or allocates one; slots: [b s e], age: [b s].
 
-        A dropped token that would take a slot leaves none to be read, hence learns nothing of its worth.
+        A dropped token that would allocate a slot has no slot to be read from, hence no gradient of its
+        importance.
         """
         key, value = halves(tokens.new.to(slots.dtype))
         strength = tokens.strength.to(slots.dtype)
@@ -210,30 +213,30 @@ class BankWrite(nn.Module):
         return gated_write(slots, weight * (kept | ~taken), weight * erase, content), age
 
     def explored(self, logit: Tensor) -> Tensor:
-        """Importance to choose by: as it is, or in training under Gumbel noise; [b n] -> [b n]."""
+        """Importance to select by: in training with Gumbel noise; [b n] -> [b n]."""
         if not self.training or not self.exploration:
             return logit
         return logit - self.exploration * torch.log(torch.empty_like(logit).exponential_())
 
 
 def halves(slots: Tensor) -> tuple[Tensor, Tensor]:
-    """What a slot is found by and what it says: [… e] -> [… k], [… e-k]."""
+    """Keys and values of slots: [… e] -> [… k], [… e-k]."""
     key, value = slots.chunk(2, -1)
     return key, value
 
 
 def in_segment(weight: Tensor, tokens: Survivors) -> Tensor:
-    """The survivors' weights [b c s] at their own places in the segment: [b n s]."""
+    """Weights of the selected tokens [b c s] at their own positions in the segment: [b n s]."""
     at = F.one_hot(tokens.index, tokens.length).to(weight.dtype)
     return einsum(at, weight, "b c n, b c s -> b n s")
 
 
 @torch.no_grad()
 def survivors(order: Tensor, mask: Tensor, ratio: float) -> Tensor:
-    """The ceil(ratio n') tokens that come highest, n' being a row's tokens that count: [b n] true.
+    """The ceil(ratio n') real tokens of the highest order, of n' real tokens of a row: [b n] true.
 
-    order, mask: [b n]. Tokens that differ by rounding only are equal, and of equals the earlier goes first:
-    repeated words must not depend on the order in which a matrix product was added up.
+    order, mask: [b n]. Values that differ by rounding only count as equal, and ties go to the earlier token:
+    the result for repeated tokens must not depend on the summation order of a matrix product.
     """
     rounded = torch.round(order.double() * 2**20).masked_fill(~mask, -torch.inf)
     order = rounded.argsort(stable=True, dim=-1, descending=True)
@@ -244,10 +247,10 @@ def survivors(order: Tensor, mask: Tensor, ratio: float) -> Tensor:
 
 @torch.no_grad()
 def lottery(mask: Tensor, segments: Tensor) -> Tensor:
-    """An order that knows nothing of the tokens: pseudo-random by segment and place in it, [b n] in [0, 1).
+    """A pseudo-random order that does not depend on the tokens: by segment and place in it, [b n] in [0, 1).
 
-    The control to learned importance. It depends on how many tokens stood before, not on their position,
-    so that padding on the left draws no other lots.
+    The control for learned importance. It uses the number of real tokens before each token, not its
+    position, so that padding on the left changes nothing.
     """
     place = mask.cumsum(-1) + 1000 * (rearrange(segments, "b -> b 1") % 1000)
     mixed = (place * 2654435761) % 2**32

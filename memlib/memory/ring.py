@@ -50,12 +50,12 @@ class Items(State):
     importance: Tensor = axes("batch slot")
 
     def pick(self, index: Tensor) -> Items:
-        """The items at index: [b j]; what is out of range is some item."""
+        """The items at index: [b j]; an index out of range gives some item."""
         index = index.clamp(0, self.importance.shape[1] - 1)
         return self.map(lambda tensor: take_rows(tensor, index))
 
     def replace(self, where: Tensor, other: Items) -> Items:
-        """These items, but the other's at where: [b m]."""
+        """These items, and the other's where `where` is true: [b m]."""
 
         def choose(mine: Tensor, theirs: Tensor) -> Tensor:
             return torch.where(rearrange(where, "b m -> b m" + " 1" * (mine.ndim - 2)), theirs, mine)
@@ -81,8 +81,9 @@ class Ring(State):
         return newest_at(self.items.importance.shape[1], self.count) >= 0
 
     def push(self, new: Items, mask: Tensor) -> tuple[Ring, Items, Tensor]:
-        """Append the items of mask: [b n] in order; also returns what fell out, [b n] oldest first, and
-        which of those n exist: [b n]."""
+        """Append the items of mask: [b n] in order; also returns the items that leave the ring, [b n] oldest
+        first, and which of those n exist: [b n].
+        """
         r, n = self.items.importance.shape[1], mask.shape[1]
         new = new.pick(in_time_order(mask, n))
         before = rearrange(self.count, "b -> b 1")
@@ -109,13 +110,13 @@ class LruStore(State):
         return self.used > 0
 
     def touch(self, places: Tensor) -> LruStore:
-        """Count places: [b l] as used now, one after another in order of place."""
+        """Mark slots: [b l] as used now, one after another in order of slot."""
         tick = rearrange(self.tick, "b -> b 1")
         used = torch.where(places, tick + places.cumsum(1), self.used)
         return LruStore(self.items, used, self.tick + places.sum(1))
 
     def insert(self, new: Items, mask: Tensor) -> LruStore:
-        """Put in the items of mask: [b n] in order, each in the place that was not used for longest."""
+        """Insert the items of mask: [b n] in order, each in the least recently used slot."""
         l, n = self.used.shape[1], mask.shape[1]
         new = new.pick(in_time_order(mask, n))
         turn = self.used.argsort(stable=True, dim=1).argsort(1)  # 0: evicted first; free places lead
@@ -129,9 +130,9 @@ class LruStore(State):
 
 
 def newest_at(places: int, total: Tensor) -> Tensor:
-    """The number of the newest item in each place when items 0 … total-1 went to place number mod places.
+    """The number of the newest item in each slot, if item i goes to slot i mod slots.
 
-    total: [b] -> [b p]; negative where no item went.
+    total: [b] items so far -> [b p]; negative for empty slots.
     """
     last = rearrange(total, "b -> b 1") - 1
     return last - (last - torch.arange(places, device=total.device)) % places
@@ -144,7 +145,7 @@ class RingState(State):
 
 
 class RingMemory(Memory):
-    """The newest tokens in a ring; what leaves it, if important, in a least-recently-used store."""
+    """The newest tokens in a ring buffer; important tokens that leave it in a store with LRU eviction."""
 
     config: RingMemoryConfig
 
@@ -197,7 +198,9 @@ class RingMemory(Memory):
 
 
 class ItemWrite(nn.Module):
-    """What is kept of a token: (key_t, x_t W_v, log sigma([key_t, x_t W_v] W_g + b)); [b n d] -> n items."""
+    """The stored item of a token: (key_t, x_t W_v, log sigma([key_t, x_t W_v] W_g + b)); [b n d] -> n
+    items.
+    """
 
     def __init__(self, config: RingMemoryConfig, hidden_dim: int, key: TokenKey) -> None:
         super().__init__()

@@ -84,7 +84,7 @@ class MemoryTransformerBlock(nn.Module):
 
 
 class VanillaTransformerBlock(MemoryTransformerBlock):
-    """The block without memory: the control, and what a memory block with a zero W_o equals."""
+    """The block without memory: the control, equal to a memory block with W_o = 0."""
 
     def __init__(
         self, hidden_dim: int, num_heads: int, intermediate_dim: int | None = None, use_rope: bool = True

@@ -1,7 +1,7 @@
 """Which layers have which memories, which of them share a state, and where each state is.
 
-A `MemoryStack` has no parameters and knows no transformer: a model, an adapter and a pipeline stage use it
-alike, whoever runs the layers.
+A `MemoryStack` has no parameters and does not know a transformer: a model, an adapter and a pipeline stage
+all use it, whatever runs the layers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ States = tuple[State, ...]
 
 
 class MemoryStack:
-    """The memories of some layers and the places of their states.
+    """The memories of some layers and the slots of their states.
 
-    layers: layer -> its memories; groups: layer -> the group of layers it shares with. Memories of one
-    kind in layers of one group share a state if their kind shares states, and always what
-    `Memory.share` hands on. `slots` of a layer says where in the states each of its memories has its own.
+    layers: layer -> its memories; groups: layer -> the group of layers it shares with. Memories of one kind
+    in layers of one group share a state if their kind shares states, and always the modules that
+    `Memory.share` passes on. `slots` maps a layer to the index of each of its memories' states.
     """
 
     def __init__(self, layers: Mapping[int, LayerMemories], groups: Mapping[int, int]) -> None:

@@ -1,11 +1,11 @@
-"""A model whose external memories keep their pairs in stores, on disk if wanted.
+"""Stores for a model's external memories: key-value pairs outside the state, on disk if wanted.
 
-    stores = attach_stores(model, "notes")          # opened where it was saved before, else new
+    stores = attach_stores(model, "notes")          # opened if saved there before, else new
     state = model(ids, memory_state=state).memory_state
     save_stores(stores, "notes")                    # and the state: two integers and a token for each row
 
-Layers that share a state share a store. A store holds what the model's weights made of the text: after
-more training, `stale_report` says how far today's keys have moved from those.
+Layers that share a state share a store. Stored keys are those of the weights that made them: after more
+training, `stale_report` says how far today's keys have moved.
 """
 
 from __future__ import annotations
@@ -54,11 +54,10 @@ def attach_stores(
     folder: str | os.PathLike[str] | None = None,
     index: IndexConfig | None = None,
 ) -> Stores:
-    """Give every external memory a store; the stores by the slot of their state.
+    """Give every external memory a store; returns the stores by the slot of their state.
 
-    folder: where they are opened from if they were saved there. index: how they search, the
-    configuration's if None. Raises ValueError for a model without external memory or stores of another
-    one's sizes, StoreError for damaged files.
+    folder: where saved stores are opened. index: how they search, the configuration's if None. Raises
+    ValueError for a model without external memory or stores of other sizes, StoreError for damaged files.
     """
     stores: Stores = {}
     sketches = encoder_sketches(model)
@@ -78,22 +77,22 @@ def attach_stores(
 
 
 def detach_stores(model: RecurrentModel) -> None:
-    """Let the memories keep their pairs in their states again."""
+    """Move the memories back to keeping their pairs in their states."""
     for memories in external_memories(model).values():
         for memory in memories:
             memory.attach(None)
 
 
 def save_stores(stores: Stores, folder: str | os.PathLike[str]) -> None:
-    """Save each store into its own folder; each is whole or as it was before."""
+    """Save each store into its own folder; a failed save leaves the previous one whole."""
     for slot, store in stores.items():
         save_store(store, Path(folder, f"bank-{slot}"))
 
 
 def forget_streams(model: RecurrentModel, state: MemoryState) -> None:
-    """Drop from attached stores all that the streams of a state have filed; the state is then unreadable.
+    """Delete from attached stores all pairs of a state's streams; the state is then unreadable.
 
-    Earlier states of the same streams are too. A model without stores has nothing to drop.
+    So are earlier states of the same streams. A model without stores has nothing to delete.
     """
     for slot, memory in each_external(model):
         if isinstance(memory.backend, StoreBackend):
@@ -102,7 +101,7 @@ def forget_streams(model: RecurrentModel, state: MemoryState) -> None:
 
 
 def attached_stores(model: RecurrentModel) -> list[Store]:
-    """The stores that memories of the model keep their pairs in, each once; none without."""
+    """The stores attached to memories of the model, each once; none without."""
     backends = [memory.backend for _, memory in each_external(model)]
     stores = {id(backend.store): backend.store for backend in backends if isinstance(backend, StoreBackend)}
     return list(stores.values())
@@ -110,9 +109,9 @@ def attached_stores(model: RecurrentModel) -> list[Store]:
 
 @contextmanager
 def forgetting_on_failure(model: RecurrentModel) -> Iterator[None]:
-    """Drop from attached stores the streams that were begun inside, if it raises: nobody knows them.
+    """On exception, drop the streams created in this block; no state refers to them.
 
-    What was appended to older streams stays, behind every cursor that is known.
+    Pairs appended to older streams stay; no known cursor can see them.
     """
     begun = [(store, store.next_stream) for store in attached_stores(model)]
     try:
@@ -143,7 +142,7 @@ def encoder_sketches(model: RecurrentModel) -> dict[int, Tensor]:
 
 
 def stale_report(model: RecurrentModel) -> dict[int, list[StaleKeys]]:
-    """For each attached store: rows by the encoder that made their keys, and how far that one is off."""
+    """For each attached store: rows by the encoder that made their keys, and the drift of that encoder."""
     sketches = encoder_sketches(model)
     return {
         slot: stale_keys(group[0].backend.store, sketches[slot])

@@ -84,7 +84,7 @@ class MemoryCrossAttention(nn.Module):
     def weights(
         self, hidden: Tensor, memory: Tensor, bias: Tensor | None = None, chapters: Tensor | None = None
     ) -> Tensor:
-        """How much each token takes of each memory token: [b h n m], sums to 1 over m."""
+        """Attention weight of each token on each memory token: [b h n m], sums to 1 over m."""
         k = self.heads(self.k_proj(memory), len(hidden), chapters)
         return ops.memory_attention_weights(self.queries(hidden), k, bias=bias)
 

@@ -1,24 +1,24 @@
-"""Learnable memory tokens in chapters, of which a stream reads the few that its router chooses.
+"""Learnable memory tokens in chapters; a router selects the few chapters that a stream reads.
 
-Axes: b batch, n tokens of a segment, d hidden, m memory tokens, e their width, c chapters, k chosen,
-u chapters that anyone chose, t tokens of a chapter, w window, g decisions (1 for a row, or n).
+Axes: b batch, n tokens of a segment, d hidden, m memory tokens, e their width, c chapters, k selected
+chapters, u projected chapters, t tokens of a chapter, w window, g decisions (1 for a row, or n).
 
-The tokens are parameters: what the stream leaves behind is only what its choice rests on. A choice may
-look at nothing later than the token it serves (law L1):
+The tokens are parameters: the state holds only the input of the selection. A selection must not depend on
+tokens after the one it serves (law L1):
 
-| strategy | the choice rests on |
+| strategy | input of the selection |
 | --- | --- |
 | sequence | the mean of the segment before, the same for the whole segment |
-| rolling | the mean of the last `routing_window_size` tokens up to this one, over segment borders |
+| rolling | the mean of the last `routing_window_size` tokens up to this one, across segment borders |
 | token | the token itself |
 | hybrid | half sequence, half rolling |
 
-With the router's weights w_c, chapter c's tokens are attended to with log w_c added to their scores:
+With the router's weights w_c, log w_c is added to the scores of chapter c's tokens:
 
-    y = (sum_c w_c) softmax(Q K^T / sqrt(k) + log w_c) V W_o       over the chosen chapters' tokens
+    y = (sum_c w_c) softmax(Q K^T / sqrt(k) + log w_c) V W_o       over the selected chapters' tokens
 
-Even weights on all chapters are thus the whole bank exactly, and the router gets its gradient from what
-its weights do to the attention; for k = 1 from the factor in front (`memlib.memory.chapters.routers`).
+Even weights on all chapters are then exactly the whole bank. The router's gradient comes from the effect of
+its weights on the attention; for k = 1 from the factor in front (`memlib.memory.chapters.routers`).
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from memlib.nn.hook_point import HookPoint
 @dataclass(frozen=True)
 class ChapterState(State):
     """summary: [b d], the mean of the segment before; seen: [b], whether there was one;
-    recent: [b w d], the newest tokens, and mask: [b w], which of them there are.
+    recent: [b w d], the newest tokens, and mask: [b w], which of them exist.
 
-    While a segment is open, `recent` goes on with its tokens so far, and `mask` also with those to come.
+    While a segment is open, `recent` also holds its tokens so far, and `mask` also those to come.
     """
 
     summary: Tensor = axes("batch feature")
@@ -61,7 +61,7 @@ class ChapterState(State):
     mask: Tensor = axes("batch token")
 
     def where(self, rows: Tensor, other: State) -> ChapterState:
-        """`State.where`; the window of another strategy may be shorter and is filled up in front."""
+        """`State.where`; a shorter window, of another strategy, is filled up in front."""
         other = cast(ChapterState, other)
         count = max(self.mask.shape[1], other.mask.shape[1])
         return super(ChapterState, self.widened(count)).where(rows, other.widened(count))
@@ -75,7 +75,7 @@ class ChapterState(State):
 class ChapterMemory(Memory):
     """A bank of learnable tokens, read whole or by selected chapters.
 
-    Layers of one bank (`memory_sharing`) share its tokens. Each has its own projections, router and state.
+    Layers of one group (`memory_sharing`) share its tokens. Each has its own projections, router and state.
     """
 
     shares_state = False
@@ -106,12 +106,12 @@ class ChapterMemory(Memory):
 
     @property
     def strategy(self) -> str:
-        """The routing strategy now: training and use may have their own."""
+        """The current routing strategy; training and inference may differ."""
         return self.config.routing_strategy_train if self.training else self.config.routing_strategy_inference
 
     @property
     def window(self) -> int:
-        """Tokens that are kept for the rolling window: none where no strategy looks at them."""
+        """Tokens kept for the rolling window: none if the strategy does not use them."""
         return self.config.routing_window_size if self.strategy in ("rolling", "hybrid") else 0
 
     # ------------------------------------------------------------------------------------- the contract
@@ -164,7 +164,7 @@ class ChapterMemory(Memory):
         return ChapterState(masked_mean(tokens, mask), state.seen | mask.any(1), recent, known)
 
     def losses(self, hidden: Tensor, state: State, mask: Tensor) -> Losses:
-        """The router's losses for a finished segment; a stream that has seen nothing has not chosen."""
+        """The router's losses for a finished segment; a new stream has no selection yet."""
         if self.router is None or not self.router.coefficients:
             return {}
         state = cast(ChapterState, state)
@@ -178,7 +178,7 @@ class ChapterMemory(Memory):
     # --------------------------------------------------------------------------------------- the choice
 
     def summary(self, hidden: Tensor, state: ChapterState) -> Tensor:
-        """What the choices rest on: hidden [b n d] -> [b g d]."""
+        """Inputs of the selections: hidden [b n d] -> [b g d]."""
         if self.strategy == "token":
             return hidden
         before = rearrange(state.summary, "b d -> b 1 d")
@@ -206,9 +206,10 @@ class ChapterMemory(Memory):
 
 
 def gathered(indices: Tensor, num_chapters: int) -> tuple[Tensor, Tensor]:
-    """The chapters to project, and where each choice stands among them: indices [b g k] -> [u], [b g k].
+    """Chapters to project, and the index of each selection among them: indices [b g k] -> [u], [b g k].
 
-    The chosen ones, or all where that is no more; shapes decide, so that a graph can be compiled.
+    The selected chapters, or all of them if there are as many selections; shapes decide, so that a graph can
+    be compiled.
     """
     if indices.numel() >= num_chapters:
         return torch.arange(num_chapters, device=indices.device), indices
@@ -218,7 +219,7 @@ def gathered(indices: Tensor, num_chapters: int) -> tuple[Tensor, Tensor]:
 
 
 def make_bank(config: ChaptersMemoryConfig, hidden_dim: int) -> MemoryBank:
-    """The bank of a configuration: its tokens, quantised if wanted, in chapters if wanted."""
+    """Build the bank of a configuration, quantised and in chapters as configured."""
     bank = create_memory_bank(
         config.num_memory_tokens,
         config.memory_dim or hidden_dim,
@@ -235,7 +236,7 @@ def make_bank(config: ChaptersMemoryConfig, hidden_dim: int) -> MemoryBank:
 
 
 def make_router(config: ChaptersMemoryConfig, hidden_dim: int) -> ChapterRouter:
-    """The router of a configuration; which summary it is given is `ChapterMemory`'s business."""
+    """Build the router of a configuration."""
     losses = RouterLossOptions(
         config.use_load_balance_loss,
         config.load_balance_coefficient,
@@ -248,7 +249,7 @@ def make_router(config: ChaptersMemoryConfig, hidden_dim: int) -> ChapterRouter:
 
 
 def newest(tokens: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The last `count` tokens that count, in order, zeros before them: [b n d] -> [b w d], [b w]."""
+    """The last `count` real tokens in order, zeros before them: [b n d] -> [b w d], [b w]."""
     missing = max(0, count - tokens.shape[1])
     tokens, mask = F.pad(tokens, (0, 0, missing, 0)), F.pad(mask, (missing, 0), value=False)
     order = mask.long().argsort(dim=1, stable=True)[:, mask.shape[1] - count :]

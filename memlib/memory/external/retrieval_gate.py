@@ -1,4 +1,4 @@
-"""The hybrid's learned gate: how much of what is retrieved a token takes, and whether to search at all.
+"""The hybrid's learned gate: the weight of retrieved values for each token, and whether to search at all.
 
 Axes: b batch, n tokens, d hidden.
 """
@@ -13,10 +13,10 @@ from memlib.memory.gates import Gate, HeadGate
 
 
 class RetrievalGate(nn.Module):
-    """g_retrieve, the hybrid's learned gate: how much of what is retrieved a token takes, sigma(g).
+    """g_retrieve, the hybrid's learned gate: the weight sigma(g) of retrieved values.
 
     per: "layer", one number g; or "query", g_t = h_t w + b for each token, with w starting at zero: both
-    start with every token at sigma(init).  hidden: [b n d] -> sigma(g): [b n].
+    start at sigma(init) for every token.  hidden: [b n d] -> sigma(g): [b n].
     Source: "Architecture Diagrams", Learnable Retrieval Gate (docs/coverage.md); the gate per query is ours.
     """
 
