@@ -2,6 +2,8 @@
 
 Every gate is a `Gate` or a `HeadGate`, so that training can give gates their own learning rate and no
 weight decay (gates that share the weights' rate tend not to move; see docs/design.md).
+
+Axes: b batch, n tokens, d hidden, h heads, o outputs of a gate.
 """
 
 from __future__ import annotations

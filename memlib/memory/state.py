@@ -9,6 +9,8 @@ A state is a frozen dataclass of tensors that names the axes of each field once:
 Detaching, resetting rows, moving, saving, counting bytes, labelling and checking are written here, for
 every state. A state is a pytree node, so that it passes through torch.compile, torch.export, gradient
 checkpointing and FSDP like a tuple of tensors.
+
+Axes: b rows of the batch.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 `reset_parameters` of each module sets what that module owns, and `initialise` calls it for a module and
 all inside it: after building, and on a model that was built on the meta device and moved by `to_empty`.
+
+Axes: b batch, n tokens, d features.
 """
 
 from __future__ import annotations
