@@ -44,7 +44,7 @@ test: $(ENV) $(if $(CI),browser extras) ## Run every test and every notebook; op
 	$(BIN)/python -m tests.run $(PYTEST_ARGS)
 
 test-fast: $(ENV) ## Run the tests that take seconds: no notebooks, nothing that learns
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST_ARGS) tests
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) tests
 
 # No browser and no image there; the first call takes some minutes.
 test-newest: ## Run the tests under Python 3.13, in a Debian 13 root made here; needs root
