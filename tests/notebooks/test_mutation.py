@@ -87,8 +87,8 @@ MUTANTS = {
     "attention sees the future": (
         "01_baseline_transformer",
         "nn/attention.py",
-        "mask, is_causal=mask is None",
-        "mask, is_causal=False",
+        "attention(q, keys, values, mask, causal=mask is None), keys",
+        "attention(q, keys, values, mask, causal=False), keys",
     ),
     "what is written is drawn by lot": (
         "04_long_term_memory",
