@@ -88,7 +88,7 @@ MUTANTS = {
         "01_baseline_transformer",
         "nn/attention.py",
         "attention(q, keys, values, mask, causal=mask is None), keys",
-        "attention(q, keys, values, mask), keys",
+        "attention(q, keys, values, mask, causal=False), keys",
     ),
     "what is written is drawn by lot": (
         "04_long_term_memory",
