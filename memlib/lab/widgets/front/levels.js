@@ -73,7 +73,7 @@ views.levels = (frame) => {
     span = g.width - start - bar;
     const t = cursor.time, mode = cursor.choice.show;
     const label = { [SEES]: "banks: what remains", [WRITES]: "banks: written" }[mode];
-    const above = { [SEES]: "weight in its read, 0 to 1", [WRITES]: "how full, 0 to 1" }[mode];
+    const above = { [SEES]: "weight, 0 to 1", [WRITES]: "how full, 0 to 1" }[mode];
     if (above && span > 250) g.text(above, start - 8, 10, { align: "right", size: 11, colour: g.faint });
     g.legend(start + span, 10, "0", brief(mode === SEES ? peak.left : mode === WRITES ? peak.written : 1), label || "weight in the read");
     g.text("weight in its read", g.width - 4, 10, { align: "right", size: 11, colour: g.faint });
