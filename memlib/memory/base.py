@@ -1,4 +1,4 @@
-"""The one contract of everything that remembers.
+"""The contract of every memory.
 
 What every memory does:
 
@@ -15,12 +15,12 @@ What only some do, with defaults that do nothing:
 
 and what only some ask for, by an attribute of the class:
 
-    uses_ids     read and write also get the token ids of the window (n-gram tables)
-    uses_heads   write also gets the layer's own keys and values of the segment (Infini-attention)
-    uses_logsumexp   mix also gets the log-sum-exp of the window's scores (`AttentionHeads`)
+    uses_ids        read and write also get the token ids of the window (n-gram tables)
+    uses_heads      write also gets the layer's own keys and values of the segment (Infini-attention)
+    uses_logsumexp  mix also gets the log-sum-exp of the window's scores (`AttentionHeads`)
 
 A memory that brings tokens of its own into the window attends to them in `mix`, through the layer's own
-projections (`AttentionHeads.attend_to`).
+projections (`AttentionHeads.project`).
 
 What a memory remembers is a `State` that goes in and comes out; the module holds parameters only. State
 is float32, or float64 with float64 weights: reads get it in the weights' type, writes accumulate in its
