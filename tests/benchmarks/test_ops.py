@@ -166,6 +166,9 @@ def forward_backward(function: Callable, inputs: list[Tensor]) -> None:
         torch.autograd.grad(sum(y.sum() for y in outputs), learned)
 
 
+NOISE = 1.3  # medians of five on a busy machine
+
+
 @pytest.mark.slow
 def test_operations_are_not_slower_than_their_references():
     slow = []
@@ -187,6 +190,6 @@ def test_operations_are_not_slower_than_their_references():
             f"{name:50} {forward['op']:8.2f} {forward['ref']:8.2f} {forward['op'] / forward['ref']:5.2f}"
             f"   {both['op']:8.2f} {both['ref']:8.2f} {ratio:5.2f}"
         )
-        if ratio > most:
-            slow.append(f"{name}: {ratio:.2f} of the reference, at most {most}")
+        if ratio > NOISE * most:
+            slow.append(f"{name}: {ratio:.2f} of the reference, at most {most} on a quiet machine")
     assert not slow, slow

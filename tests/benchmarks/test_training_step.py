@@ -56,8 +56,9 @@ ARCHITECTURES: dict[str, tuple[int, dict[str, Any]]] = {
     "hybrid": (368, {"internal": INTERNAL, "external": EXTERNAL | {"retrieval_gate": "query"}}),
     "chapters": (384, {"chapters": {"num_memory_tokens": 256, "num_chapters": 8, "top_k_chapters": 2}}),
 }
-# Tokens per second as a part of the plain model's: below this, something has become slower.
-LEAST = {"internal": 0.82, "hds": 0.77, "ltm": 0.77, "external": 0.68}
+# Tokens per second as a part of the plain model's. Measured 0.88, 0.84, 0.83 and 0.75; a busy machine moves
+# them by a tenth, so only what is lower than these is certainly slower.
+LEAST = {"internal": 0.75, "hds": 0.7, "ltm": 0.7, "external": 0.6}
 
 
 def config_of(architecture: str) -> Config:
