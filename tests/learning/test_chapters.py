@@ -98,13 +98,15 @@ def test_chapters_specialise_on_topics(seed, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_balance_loss_undoes_a_collapse(seed):
+def test_the_balance_loss_undoes_a_collapse():
+    """With the loss on every seed; without it one seed of three recovers (docs/diary.md)."""
     topic = torch.arange(400) % TOPICS
-    used, errors = {}, {}
-    for balance in (0.0, 0.1):
-        lessons, built = Lessons(seed), memory(seed, balance, collapsed=True)
-        errors[balance] = lessons.train(built)
-        used[balance] = len(lessons.chapters(built, topic).unique())
-    assert used[0.1] == 4 > used[0.0]
-    assert errors[0.1] < 0.05 < 0.1 < errors[0.0]
+    used, errors = {0.0: [], 0.1: []}, {0.0: [], 0.1: []}
+    for seed in (0, 1, 2):
+        for balance in used:
+            lessons, built = Lessons(seed), memory(seed, balance, collapsed=True)
+            errors[balance].append(lessons.train(built))
+            used[balance].append(len(lessons.chapters(built, topic).unique()))
+    assert used[0.1] == [4, 4, 4] and max(errors[0.1]) < 0.05
+    assert sum(count < 4 for count in used[0.0]) >= 2
+    assert sum(error > 0.1 for error in errors[0.0]) >= 2
