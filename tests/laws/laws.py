@@ -27,7 +27,7 @@ from memlib.models import MemoryState, MemoryTransformer
 from memlib.tasks import Batch
 from memlib.training.trainer import Trainer
 
-from .cases import BATCH, SEGMENT, VOCAB, Case, carries, stir
+from .cases import BASELINE, BATCH, SEGMENT, VOCAB, Case, carries, stir
 
 TIGHT = {torch.float64: 1e-10, torch.float32: 2e-5}
 EXACT = 0.0
@@ -507,3 +507,16 @@ LAWS: dict[str, Callable[[Make, Feeding], None]] = {
     "L4_segmentation": segmentation,
     "L6_bounded": bounded,
 }
+
+
+def every_law(case: Case, feedings: Sequence[Feeding] = FEEDINGS) -> None:
+    """All that holds for a case by itself; AssertionError names the law that fails."""
+    for feeding in feedings:
+        for law in LAWS.values():
+            law(case.build, feeding)
+    padding(case.build)
+    truncation(case.build)
+    endless(case.build)
+    model = case.build()
+    model.close_memory()
+    off(model, BASELINE.fresh(), MANY)

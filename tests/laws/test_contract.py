@@ -7,7 +7,7 @@ ids (n-grams), and a small network that is trained as it is written (Titans).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,17 +15,16 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlib import config as configuration
-from memlib.config import config as whole
 from memlib.config.fields import option
 from memlib.config.memory import MemoryOptions
-from memlib.memory import MEMORIES, Memory, State, axes
+from memlib.memory import Memory, State, axes
 from memlib.memory.base import AttentionHeads, zeros
 from memlib.memory.gates import HeadGate
 from memlib.nn.linear import Linear
 
-from .cases import BASELINE, Case
-from .laws import FEEDINGS, LAWS, MANY, bounded, causality, endless, off, padding, segmentation, truncation
+from .cases import Case
+from .laws import FEEDINGS, MANY, bounded, causality, every_law, segmentation
+from .toys import register
 
 
 class InAttention(MemoryOptions):
@@ -234,17 +233,6 @@ TOYS = {
 }
 
 
-def register(monkeypatch, **memories):
-    """Add memories as a person would: a file, a dataclass and field, a line."""
-    toys = [(kind, *TOYS[kind]) for kind in TOYS]
-    added = [(kind, options, configuration.option(options, "a toy")) for kind, _, options in toys]
-    extended = make_dataclass("MemoryConfig", added, bases=(configuration.MemoryConfig,), kw_only=True)
-    for module in (configuration, whole):
-        monkeypatch.setattr(module, "MemoryConfig", extended)
-    for kind, memory, _ in toys:
-        monkeypatch.setitem(MEMORIES, kind, memories.get(kind, memory))
-
-
 def case(kind, **memory) -> Case:
     return Case(f"toy-{kind}", {"memory_sharing": "per_layer"} | memory, {kind: {}})
 
@@ -252,21 +240,12 @@ def case(kind, **memory) -> Case:
 @pytest.mark.parametrize("kind", TOYS)
 @pytest.mark.parametrize("sharing", ["per_layer", "shared"])
 def test_the_laws_hold_for_a_memory_of_each_kind(monkeypatch, kind, sharing):
-    register(monkeypatch)
-    toy = case(kind, memory_sharing=sharing)
-    for feeding in FEEDINGS:
-        for law in LAWS.values():
-            law(toy.build, feeding)
-    padding(toy.build)
-    truncation(toy.build)
-    endless(toy.build)
-    model = toy.build()
-    model.close_memory()
-    off(model, BASELINE.fresh(), MANY)
+    register(monkeypatch, **TOYS)
+    every_law(case(kind, memory_sharing=sharing))
 
 
 def test_they_stand_in_one_layer_with_the_others(monkeypatch):
-    register(monkeypatch)
+    register(monkeypatch, **TOYS)
     together = Case("toys", {"memory_sharing": "per_layer"}, {kind: {} for kind in TOYS} | {"internal": {}})
     for law in (causality, segmentation, bounded):
         law(together.build, FEEDINGS[2])
@@ -290,7 +269,7 @@ def test_ids_reach_across_segments(monkeypatch):
     """The first token of a segment is read with the last id of the segment before."""
     results = []
     for memory in (Bigrams, IgnoresTheSegmentBefore):
-        register(monkeypatch, bigrams=memory)
+        register(monkeypatch, bigrams=(memory, BigramsConfig))
         model = case("bigrams", memory_layer_placement="custom", memory_layer_custom=[0]).build()
         ids = torch.arange(8).reshape(1, 8)
         results.append(model(ids).logits)
@@ -299,14 +278,14 @@ def test_ids_reach_across_segments(monkeypatch):
 
 
 def test_ids_of_the_future_are_caught(monkeypatch):
-    register(monkeypatch, bigrams=ReadsAhead)
+    register(monkeypatch, bigrams=(ReadsAhead, BigramsConfig))
     with pytest.raises(AssertionError, match=r"^L1"):
         causality(case("bigrams").build, MANY)
 
 
 def test_a_layers_own_keys_are_found_by_its_own_queries(monkeypatch):
     """The same tokens in two segments: their keys are the same, so the memory returns their values."""
-    register(monkeypatch)
+    register(monkeypatch, **TOYS)
     model = case("compressive", memory_layer_placement="custom", memory_layer_custom=[0]).build()
     memory, seen = model.block(0).memories["compressive"], []
     mix, write = memory.mix, memory.write

@@ -10,14 +10,14 @@ import pytest
 from memlib.config import option
 from memlib.memory import MEMORIES
 
-from .cases import BASELINE, cases, without_small_value
-from .laws import FEEDINGS, LAWS, MANY, endless, off, padding, truncation
+from .cases import cases, without_small_value
+from .laws import FEEDINGS, every_law
 from .toys import RingConfig, RingMemory, register
 
 
 @pytest.fixture
 def registered(monkeypatch):
-    register(monkeypatch, "toy", RingConfig, RingMemory)
+    register(monkeypatch, toy=(RingMemory, RingConfig))
 
 
 def test_a_registered_memory_is_a_case_alone_and_with_the_others(registered):
@@ -32,15 +32,7 @@ def test_a_registered_memory_is_a_case_alone_and_with_the_others(registered):
 @pytest.mark.parametrize("name", ["toy-per_layer", "toy-residual_B", "all-shared"])
 def test_the_laws_hold_for_it(registered, name):
     (case,) = (case for case in cases() if case.name == name)
-    for feeding in FEEDINGS[2:4]:
-        for law in LAWS.values():
-            law(case.build, feeding)
-    padding(case.build)
-    truncation(case.build)
-    endless(case.build)
-    model = case.build()
-    model.close_memory()
-    off(model, BASELINE.fresh(), MANY)
+    every_law(case, FEEDINGS[2:4])
 
 
 @dataclass(kw_only=True)
@@ -53,5 +45,5 @@ class Sizeless(RingConfig):
 
 
 def test_a_size_without_a_small_value_is_caught(monkeypatch):
-    register(monkeypatch, "toy", Sizeless, RingMemory)
+    register(monkeypatch, toy=(RingMemory, Sizeless))
     assert without_small_value("toy") == ["places", "rows"]

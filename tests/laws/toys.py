@@ -17,13 +17,14 @@ from memlib.config.memory import MemoryOptions
 from memlib.memory import MEMORIES, Memory, State, axes
 
 
-def register(monkeypatch: Any, kind: str, options: type, memory: type[Memory]) -> None:
-    """Add a memory for the time of a test: what a person would write into the package's own files."""
-    field = (kind, options, option(options, "a memory of a test"))
-    extended = make_dataclass("MemoryConfig", [field], bases=(configuration.MemoryConfig,), kw_only=True)
+def register(monkeypatch: Any, **memories: tuple[type[Memory], type]) -> None:
+    """Add memories, each with its options, for a test: what a person would write into the package's files."""
+    fields = [(kind, options, option(options, "of a test")) for kind, (_, options) in memories.items()]
+    extended = make_dataclass("MemoryConfig", fields, bases=(configuration.MemoryConfig,), kw_only=True)
     for module in (configuration, whole):
         monkeypatch.setattr(module, "MemoryConfig", extended)
-    monkeypatch.setitem(MEMORIES, kind, memory)
+    for kind, (memory, _) in memories.items():
+        monkeypatch.setitem(MEMORIES, kind, memory)
 
 
 @dataclass(kw_only=True)

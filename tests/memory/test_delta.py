@@ -18,7 +18,7 @@ def registered(monkeypatch):
     """A function that registers a memory as `delta`, with its reference."""
 
     def register_(memory):
-        register(monkeypatch, "delta", DeltaConfig, memory)
+        register(monkeypatch, delta=(memory, DeltaConfig))
         monkeypatch.setitem(REFERENCES, "delta", DeltaReference)
 
     return register_
