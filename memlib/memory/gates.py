@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlib.nn.linear import shifted
+from memlib.ops import shifted
 
 
 class Gate(nn.Linear):

@@ -60,8 +60,3 @@ def vectors_for_scalars(module: nn.Module, state_dict: dict[str, Tensor], prefix
         saved = state_dict.get(prefix + name)
         if saved is not None and not saved.ndim:
             state_dict[prefix + name] = rearrange(saved, "-> 1")
-
-
-def shifted(hidden: Tensor) -> Tensor:
-    """The token before each token, zeros before the first: [b n d] -> [b n d]."""
-    return F.pad(hidden, (0, 0, 1, 0))[:, :-1]

@@ -57,7 +57,7 @@ from memlib.ops.selected import (
     selected_sum_reference,
     top_index,
 )
-from memlib.ops.token_shift import token_shift, token_shift_reference
+from memlib.ops.token_shift import shifted, token_shift, token_shift_reference
 
 __all__ = [
     "TIE",
@@ -101,6 +101,7 @@ __all__ = [
     "selected_scores_reference",
     "selected_sum",
     "selected_sum_reference",
+    "shifted",
     "softmax_or_zero",
     "take_rows",
     "take_rows_reference",

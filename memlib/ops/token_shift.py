@@ -17,6 +17,11 @@ from torch.nn import functional as F
 from memlib.ops.dispatch import eager_cpu
 
 
+def shifted(x: Tensor) -> Tensor:
+    """The token before each token, zeros before the first: [b n d] -> [b n d]."""
+    return F.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
 def token_shift(x: Tensor, share: Tensor, first: Tensor | None = None) -> Tensor:
     """x: [b n d], share: [d], first: [b d], the token before the first one, zeros by default -> [b n d]."""
     if eager_cpu(x, share, first) and x.dtype == share.dtype and x.shape[1]:
@@ -26,9 +31,7 @@ def token_shift(x: Tensor, share: Tensor, first: Tensor | None = None) -> Tensor
 
 def token_shift_reference(x: Tensor, share: Tensor, first: Tensor | None = None) -> Tensor:
     """`token_shift` by a padded copy."""
-    before = F.pad(x, (0, 0, 1, 0))[:, :-1]
-    if first is not None:
-        before = torch.cat((rearrange(first, "b d -> b 1 d"), x), 1)[:, :-1]
+    before = shifted(x) if first is None else torch.cat((rearrange(first, "b d -> b 1 d"), x), 1)[:, :-1]
     return torch.lerp(x, before.to(x.dtype), share.to(x.dtype))
 
 
