@@ -174,12 +174,13 @@ class MemoryTransformer(nn.Module):
         has_tokens = None if all_real else valid.any(1)
         residual, latest = self.embedding(ids), list(state.memories)
         outputs: list[BlockOutput] = []
+        hidden = dict(zip(self.stack.layers, past.hidden, strict=True))
         for layer, block in enumerate(self.blocks):
             inputs = None
-            if layer in self.stack.layers:
+            if layer in hidden:
                 inputs = LayerInput(
                     states=self.stack.at(layer, state.memories),
-                    hidden=past.hidden[sum(output.hidden is not None for output in outputs)],
+                    hidden=hidden[layer],
                     mask=valid,
                     ids=window_ids,
                     latest=self.stack.at(layer, latest) if complete else None,
@@ -266,7 +267,8 @@ class MemoryTransformer(nn.Module):
         for name, tensor, labels in window.labelled_tensors("memory_state.window."):
             if (tokens := tensor.shape[labels.index("token")]) != window.length:
                 raise ValueError(
-                    f"{name} has {tokens} tokens, the window's mask {window.length}: the state is damaged"
+                    f"{name} has {tokens} tokens, the window's mask {window.length}: the state is damaged, "
+                    "start from None"
                 )
         self.stack.check(state.memories, "memory_state.memories")
         wide = torch.promote_types(self.embedding.weight.dtype, torch.float32)
