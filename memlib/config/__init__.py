@@ -7,8 +7,10 @@ limits, so that validation, `memlib config show` and `docs/config.md` have one s
 
 from __future__ import annotations
 
+from memlib.config.adapter import AdapterConfig
 from memlib.config.config import (
     Config,
+    check_sizes,
     get_memory_bank_assignments,
     get_memory_kinds,
     get_memory_layer_indices,
@@ -48,6 +50,7 @@ from memlib.config.task import (
 from memlib.config.training import Stage, TrainingConfig
 
 __all__ = [
+    "AdapterConfig",
     "ChaptersMemoryConfig",
     "Config",
     "ConfigError",
@@ -69,6 +72,7 @@ __all__ = [
     "TextConfig",
     "TopicsConfig",
     "TrainingConfig",
+    "check_sizes",
     "differences",
     "from_dict",
     "get_memory_bank_assignments",

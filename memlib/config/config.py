@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass
 
+from memlib.config.adapter import AdapterConfig
 from memlib.config.fields import ConfigError, check_fields, option, override
 from memlib.config.memory import MemoryConfig
 from memlib.config.model import ModelConfig
@@ -19,6 +20,7 @@ class Config:
     memory: MemoryConfig = option(MemoryConfig, "the memories")
     task: TaskConfig = option(TaskConfig, "the data: what the model is trained and measured on")
     training: TrainingConfig = option(TrainingConfig, "the training loop")
+    adapter: AdapterConfig = option(AdapterConfig, "what is added to a pretrained model")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -56,9 +58,53 @@ def get_memory_bank_assignments(config: Config) -> dict[int, int]:
 
 
 def validate(config: Config) -> Config:
-    """Check types, limits and combinations; returns the config, raises ConfigError."""
+    """Check types, limits and combinations; returns the config, raises ConfigError.
+
+    With a pretrained base its sizes count, not those of `model`: `MemoryAdapter` calls `check_sizes`.
+    """
     check_fields(config, "")
-    model, memory, task = config.model, config.memory, config.task
+    check_memories(config.memory)
+    if config.adapter.base_model_name is None:
+        check_sizes(config)
+    task = config.task
+    if task.segments_min is not None and task.segments_min > task.segments:
+        raise ConfigError(
+            f"task.segments_min = {task.segments_min}: must be at most task.segments = {task.segments}"
+        )
+    steps = [stage.from_step for stage in config.training.curriculum]
+    if steps != sorted(set(steps)):
+        raise ConfigError(f"training.curriculum: from_step must increase from stage to stage, not {steps}")
+    for i, stage in enumerate(config.training.curriculum):
+        check_stage(config, stage, f"training.curriculum[{i}].set")
+    return config
+
+
+def check_memories(memory: MemoryConfig) -> None:
+    """Raise ConfigError for memories that do not exist and combinations that no model supports."""
+    known = [f.name for f in fields(memory) if is_dataclass(getattr(memory, f.name))]
+    for i, kind in enumerate(memory.kinds):
+        if kind not in known:
+            raise ConfigError(f"memory.kinds[{i}] = {kind!r}: known memories: {', '.join(known)}")
+        if kind in memory.kinds[:i]:
+            raise ConfigError(f"memory.kinds[{i}] = {kind!r}: named twice")
+        if getattr(memory, kind).in_attention and memory.fusion == "residual":
+            raise ConfigError(
+                f"memory.fusion = 'residual': memory.{kind} is set to be read inside the attention, which "
+                "residual fusion does not support; set fusion: softmax, or use "
+                f"memory.{kind} with fusion instead of inside the attention"
+            )
+    if memory.memory_layer_placement == "custom" and not memory.memory_layer_custom:
+        raise ConfigError("memory.memory_layer_custom: needed when memory_layer_placement is custom")
+    if memory.memory_block_variant == "B" and memory.fusion == "softmax":
+        raise ConfigError(
+            "memory.memory_block_variant = 'B': is available with memory.fusion: residual only; "
+            "set fusion: residual or memory_block_variant: A"
+        )
+
+
+def check_sizes(config: Config) -> None:
+    """Raise ConfigError unless heads, layers and the memories' sizes fit the model's."""
+    model, memory = config.model, config.memory
     if model.hidden_dim % model.num_heads:
         raise ConfigError(
             f"model.num_heads = {model.num_heads}: must divide model.hidden_dim = {model.hidden_dim}"
@@ -68,21 +114,12 @@ def validate(config: Config) -> Config:
             f"model.num_heads = {model.num_heads}: rotary positions need an even head width, "
             f"not {model.hidden_dim // model.num_heads}; change num_heads or set model.use_rope: false"
         )
-    known = [f.name for f in fields(memory) if is_dataclass(getattr(memory, f.name))]
-    for i, kind in enumerate(memory.kinds):
-        if kind not in known:
-            raise ConfigError(f"memory.kinds[{i}] = {kind!r}: known memories: {', '.join(known)}")
-        if kind in memory.kinds[:i]:
-            raise ConfigError(f"memory.kinds[{i}] = {kind!r}: named twice")
-    if memory.memory_layer_placement == "custom":
-        if not memory.memory_layer_custom:
-            raise ConfigError("memory.memory_layer_custom: needed when memory_layer_placement is custom")
-        for i, layer in enumerate(memory.memory_layer_custom):
-            if not 0 <= layer < model.num_layers:
-                raise ConfigError(
-                    f"memory.memory_layer_custom[{i}] = {layer}: "
-                    f"layers are 0 … {model.num_layers - 1}; change it or model.num_layers"
-                )
+    for i, layer in enumerate(memory.memory_layer_custom or []):
+        if memory.memory_layer_placement == "custom" and not 0 <= layer < model.num_layers:
+            raise ConfigError(
+                f"memory.memory_layer_custom[{i}] = {layer}: "
+                f"layers are 0 … {model.num_layers - 1}; change it or model.num_layers"
+            )
     if memory.kinds and not memory.vanilla_mode and not get_memory_layer_indices(config):
         raise ConfigError(
             f"memory.memory_layer_n = {memory.memory_layer_n}: no layer has memory with "
@@ -96,27 +133,6 @@ def validate(config: Config) -> Config:
                 "memory; make it smaller"
             )
         getattr(memory, kind).check(model, f"memory.{kind}")
-        if getattr(memory, kind).in_attention and memory.fusion == "residual":
-            raise ConfigError(
-                f"memory.fusion = 'residual': memory.{kind} is set to be read inside the attention, which "
-                "residual fusion does not support; set fusion: softmax, or use "
-                f"memory.{kind} with fusion instead of inside the attention"
-            )
-    if memory.memory_block_variant == "B" and memory.fusion == "softmax":
-        raise ConfigError(
-            "memory.memory_block_variant = 'B': is available with memory.fusion: residual only; "
-            "set fusion: residual or memory_block_variant: A"
-        )
-    if task.segments_min is not None and task.segments_min > task.segments:
-        raise ConfigError(
-            f"task.segments_min = {task.segments_min}: must be at most task.segments = {task.segments}"
-        )
-    steps = [stage.from_step for stage in config.training.curriculum]
-    if steps != sorted(set(steps)):
-        raise ConfigError(f"training.curriculum: from_step must increase from stage to stage, not {steps}")
-    for i, stage in enumerate(config.training.curriculum):
-        check_stage(config, stage, f"training.curriculum[{i}].set")
-    return config
 
 
 def check_stage(config: Config, stage: Stage, path: str) -> None:

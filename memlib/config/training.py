@@ -27,6 +27,7 @@ class TrainingConfig:
     max_cpu_seconds: float | None = option(None, "stop after this much CPU time; null: no limit", 0.0)
     base_model_lr: float = option(1e-5, "learning rate of all parameters outside memories and gates", 0.0)
     memory_lr: float = option(1e-4, "learning rate of the memories", 0.0)
+    lora_lr: float = option(1e-4, "learning rate of the LoRA matrices", 0.0)
     gate_lr: float = option(1e-4, "learning rate of the gates, which have no weight decay", 0.0)
     lr_schedule: Literal["cosine", "linear", "constant"] = option("cosine", "decay after the warm-up")
     warmup_steps: int = option(100, "steps in which the learning rate rises from 0", 0)

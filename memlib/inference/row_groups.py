@@ -49,9 +49,9 @@ def row_groups(states: Sequence[MemoryState]) -> list[RowGroup]:
 
 def merged(groups: Sequence[RowGroup]) -> list[RowGroup]:
     """Merge groups with equally long open windows."""
-    by_length: dict[int, list[RowGroup]] = {}
+    by_shape: dict[tuple[int, ...], list[RowGroup]] = {}
     for group in groups:
-        by_length.setdefault(group.window_length, []).append(group)
+        by_shape.setdefault(group.state.window.shape, []).append(group)
     return [
         same[0]
         if len(same) == 1
@@ -59,7 +59,7 @@ def merged(groups: Sequence[RowGroup]) -> list[RowGroup]:
             tuple(row for group in same for row in group.rows),
             same[0].state.join(*(group.state for group in same[1:])),
         )
-        for same in by_length.values()
+        for same in by_shape.values()
     ]
 
 

@@ -86,6 +86,7 @@ class Memory(nn.Module, ABC):
     segment on. Without `shares_state` each layer has its own state also where layers share.
     """
 
+    parameter_group = "memory"
     shares_state = True
     uses_ids = False
     uses_heads = False

@@ -21,6 +21,8 @@ from memlib.ops import shifted
 class Gate(nn.Linear):
     """The linear map under a gate: logits = x W + b. W starts at zero, so a gate opens by its bias."""
 
+    parameter_group = "gates"
+
     def __init__(self, in_features: int, out_features: int, bias: float = 0.0) -> None:
         super().__init__(in_features, out_features)
         self.initial_bias = bias
@@ -48,6 +50,8 @@ def gates_of_pairs(hidden: Tensor, gates: Sequence[Gate]) -> list[Tensor]:
 
 class HeadGate(nn.Module):
     """One logit b_h for each head, the same for all tokens: [h]."""
+
+    parameter_group = "gates"
 
     def __init__(self, num_heads: int, bias: float = 0.0) -> None:
         super().__init__()

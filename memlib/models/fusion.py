@@ -46,6 +46,8 @@ class ResidualFusion(nn.Module):
     Source: "Memory-Augmented Transformer Implementation Plan" (docs/coverage.md).
     """
 
+    parameter_group = "memory"
+
     def __init__(self, hidden_dim: int, num_memories: int, init_zero: bool = True) -> None:
         super().__init__()
         scale = 0.0 if init_zero else 1.0

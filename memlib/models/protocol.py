@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from memlib.models.stack import MemoryStack
-from memlib.models.state import MemoryState, ModelOutput
+from memlib.models.state import MemoryState, ModelOutput, Window
 
 
 class RecurrentModel(Protocol):
@@ -25,7 +25,9 @@ class RecurrentModel(Protocol):
     training: bool
     config: Any
     stack: MemoryStack
-    blocks: nn.ModuleList
+
+    @property
+    def blocks(self) -> nn.ModuleList: ...
 
     @property
     def segment_length(self) -> int: ...
@@ -35,6 +37,10 @@ class RecurrentModel(Protocol):
 
     def init_state(self, batch_size: int) -> MemoryState:
         """The state of streams that have seen nothing."""
+        ...
+
+    def init_window(self, batch_size: int) -> Window:
+        """A window without tokens."""
         ...
 
     def reset(self, state: MemoryState, rows: Tensor) -> MemoryState:

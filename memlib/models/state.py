@@ -34,6 +34,16 @@ class Window(State):
     def length(self) -> int:
         return self.mask.shape[1]
 
+    def token_counts(self) -> Iterator[tuple[str, int, int]]:
+        """(name, its tokens, the tokens it should have) of each tensor: those of the open segment."""
+        for name, tensor, labels in self.labelled_tensors():
+            yield name, tensor.shape[labels.index("token")], self.length
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Token counts of all tensors; rows of equal shape can share a batch."""
+        return tuple(tokens for _, tokens, _ in self.token_counts())
+
     def emptied(self) -> Window:
         """The window of the next segment, before its first token."""
 

@@ -30,6 +30,7 @@ from memlib.memory import MEMORIES
 from memlib.memory.base import zeros
 from memlib.memory.layer import LayerInput
 from memlib.models.block import BlockOutput, TransformerBlock
+from memlib.models.checks import check_inputs, check_state
 from memlib.models.stack import MemoryStack
 from memlib.models.state import MemoryState, ModelOutput, Window
 from memlib.nn.attention import window_mask
@@ -219,69 +220,11 @@ class MemoryTransformer(nn.Module):
         labels: Tensor | None,
         memory_state: MemoryState | None,
     ) -> None:
-        """Refuse what does not fit, with the value, the limit and the remedy.
-
-        Looks at the ids' values, hence not while a graph is compiled.
-        """
-        if input_ids.ndim != 2 or not input_ids.numel():
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}: expected [batch, tokens], not empty"
-            )
-        for name, tensor in (("attention_mask", attention_mask), ("labels", labels)):
-            if tensor is not None and tensor.shape != input_ids.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}: expected input_ids' {tuple(input_ids.shape)}"
-                )
-        if not torch.compiler.is_compiling():
-            vocab, low, high = self.config.model.vocab_size, int(input_ids.min()), int(input_ids.max())
-            if low < 0 or high >= vocab:
-                raise ValueError(
-                    f"input_ids holds {low if low < 0 else high}: ids are 0 … {vocab - 1}; "
-                    "tokenise with the model's own vocabulary or raise model.vocab_size"
-                )
+        """Refuse what does not fit, with the value, the limit and the remedy."""
+        check_inputs(input_ids, attention_mask, labels, self.config.model.vocab_size)
         if memory_state is not None:
-            self.check_state(memory_state, input_ids.shape[0])
-
-    def check_state(self, state: MemoryState, rows: int) -> None:
-        """Raise ValueError unless a state is one of this model's, for that many rows."""
-        if not isinstance(state, MemoryState):
-            raise ValueError(f"memory_state is a {type(state).__name__}: expected a MemoryState or None")
-        window = state.window
-        if len(window.keys) != len(self.blocks) or len(window.hidden) != len(self.stack.layers):
-            raise ValueError(
-                f"memory_state is of a model with {len(window.keys)} layers, {len(window.hidden)} of them "
-                f"with memory; this one has {len(self.blocks)} and {len(self.stack.layers)}: start from None"
-            )
-        if window.mask.shape[0] != rows:
-            raise ValueError(
-                f"memory_state holds {window.mask.shape[0]} streams, input_ids "
-                f"{rows}: pick rows with memory_state.rows(index) or start from None"
-            )
-        if window.length >= self.segment_length:
-            raise ValueError(
-                f"memory_state.window.mask has shape {list(window.mask.shape)}: a segment of this model has "
-                f"{self.segment_length} tokens, at most {self.segment_length - 1} of them open; the state is "
-                "of a model with longer segments, start from None"
-            )
-        self.init_window(1).layout.check(window, "memory_state.window")
-        for name, tensor, labels in window.labelled_tensors("memory_state.window."):
-            if (tokens := tensor.shape[labels.index("token")]) != window.length:
-                raise ValueError(
-                    f"{name} has {tokens} tokens, the window's mask {window.length}: the state is damaged, "
-                    "start from None"
-                )
-        self.stack.check(state.memories, "memory_state.memories")
-        wide = torch.promote_types(self.embedding.weight.dtype, torch.float32)
-        for name, tensor in state.named_tensors("memory_state."):
-            if tensor.shape[0] != rows:
-                raise ValueError(
-                    f"{name} has shape {list(tensor.shape)}: the state's other tensors have {rows} rows"
-                )
-            if tensor.is_floating_point() and tensor.dtype != wide:
-                raise ValueError(
-                    f"{name} is {tensor.dtype}: this model keeps its state in {wide}; "
-                    f"use memory_state.cast({wide})"
-                )
+            wide = torch.promote_types(self.embedding.weight.dtype, torch.float32)
+            check_state(self, memory_state, input_ids.shape[0], wide)
 
 
 def mean_by_name(losses: Losses) -> dict[str, Tensor]:

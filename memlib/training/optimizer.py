@@ -11,27 +11,25 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from memlib.config import TrainingConfig
-from memlib.memory.base import Memory
-from memlib.memory.gates import Gate, HeadGate
-from memlib.models.fusion import ResidualFusion
 
 
 def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
-    """Groups gates, memory and base, each split into parameters with weight decay (matrices) and without.
+    """Groups gates, memory, LoRA and base, each in two: with weight decay (matrices) and without.
 
-    Every parameter is in exactly one group. Gates get `gate_lr` and no weight decay: at the weights'
-    rate, and pulled to zero, they stay where they started.
+    A module says by `parameter_group` where its parameters belong, with those of the modules inside it unless
+    these say otherwise. Every parameter is in exactly one group. Gates get `gate_lr` and no weight decay: at
+    the weights' rate, and pulled to zero, they stay where they started.
     """
     kind_of: dict[int, str] = {}
     for module in model.modules():  # parents come first: a gate inside a memory ends as a gate
-        kind = None
-        if isinstance(module, (Gate, HeadGate)):
-            kind = "gates"
-        elif isinstance(module, (Memory, ResidualFusion)):
-            kind = "memory"
-        if kind:
+        if kind := getattr(module, "parameter_group", None):
             kind_of.update({id(p): kind for p in module.parameters()})
-    rate = {"gates": training.gate_lr, "memory": training.memory_lr, "base": training.base_model_lr}
+    rate = {
+        "gates": training.gate_lr,
+        "memory": training.memory_lr,
+        "lora": training.lora_lr,
+        "base": training.base_model_lr,
+    }
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for p in model.parameters():
         if p.requires_grad:
