@@ -1,0 +1,1 @@
+"""Pretrained models: `lora.py`: LoRA; `targets.py`: which layers it adapts."""
