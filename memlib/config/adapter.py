@@ -51,6 +51,9 @@ class AdapterConfig:
     lora_dropout: float = option(0.0, "dropout on LoRA's input", 0.0, 0.99)
     use_rslora: bool = option(False, "LoRA's scale is lora_alpha / sqrt(r) (rsLoRA)")
 
+    lora_rank_pattern: dict[str, int] = option({}, "other ranks for some layers, by a pattern of their names")
+    lora_alpha_pattern: dict[str, float] = option({}, "other alphas for some layers, in the same way")
+
     @property
     def memory(self) -> bool:
         """Whether memories are added."""

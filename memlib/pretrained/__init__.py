@@ -1,1 +1,1 @@
-"""Memories and LoRA in pretrained models: adapters, their files, and where pretrained weights come from."""
+"""Memories and LoRA in pretrained models, their files, and where pretrained weights come from."""

@@ -52,6 +52,7 @@ from memlib.nn.linear import initialise
 from memlib.pretrained.branch import BranchOutput, MemoryBranch
 from memlib.pretrained.cache import AdapterWindow, MemoryCache
 from memlib.pretrained.families import decoder_layers
+from memlib.pretrained.lora import apply_lora_to_model, remove_lora
 
 PASS = "memory_pass"  # the keyword by which a forward pass reaches the hooks
 
@@ -105,6 +106,18 @@ class MemoryAdapter(nn.Module):
         self.thawed = [parameter for parameter in base.parameters() if parameter.requires_grad]
         if options.freeze_base_model:
             base.requires_grad_(False)
+        if options.lora:
+            apply_lora_to_model(
+                base,
+                "all-linear" if options.lora_targets == ["all-linear"] else options.lora_targets,
+                options.lora_rank,
+                options.lora_alpha,
+                use_rslora=options.use_rslora,
+                dropout=options.lora_dropout,
+                rank_pattern=options.lora_rank_pattern,
+                alpha_pattern=options.lora_alpha_pattern,
+                freeze_base=options.freeze_base_model,
+            )
         kinds = get_memory_kinds(self.config) if options.memory else {}
         sizes = stream_sizes(base, kinds) if options.scale is None else dict.fromkeys(kinds, options.scale)
         self.branches = nn.ModuleDict(
@@ -457,6 +470,8 @@ class MemoryAdapter(nn.Module):
         """Take everything out again and return the base, exactly as it was; the adapter is then unusable."""
         for handle in self.handles:
             handle.remove()
+        if self.config.adapter.lora:
+            remove_lora(self.base)
         for parameter in self.thawed:
             parameter.requires_grad_(True)
         return self.base
