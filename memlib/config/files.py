@@ -77,7 +77,9 @@ def flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
     """Flatten nested dictionaries: {"a": {"b": 1}} becomes {"a.b": 1}."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        found |= flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+        found |= (
+            flat(value, f"{path}{name}.") if isinstance(value, dict) and value else {f"{path}{name}": value}
+        )
     return found
 
 

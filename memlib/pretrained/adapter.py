@@ -50,7 +50,7 @@ from memlib.models.state import MemoryState
 from memlib.models.transformer import Losses, mean_by_name
 from memlib.nn.linear import initialise
 from memlib.pretrained.branch import BranchOutput, MemoryBranch
-from memlib.pretrained.cache import AdapterWindow, MemoryCache
+from memlib.pretrained.state import AdapterWindow, MemoryCache
 from memlib.pretrained.families import decoder_layers
 from memlib.pretrained.lora import apply_lora_to_model, remove_lora
 
