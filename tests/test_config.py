@@ -290,7 +290,7 @@ def test_the_reference_has_every_field_its_documentation_and_its_default():
         for name, value in values.items():
             default, doc = rows[prefix + name]
             assert doc, prefix + name
-            if isinstance(value, dict):
+            if isinstance(value, dict) and value:
                 check(value, f"{prefix}{name}.")
             else:
                 leaves += 1

@@ -50,9 +50,9 @@ from memlib.models.state import MemoryState
 from memlib.models.transformer import Losses, mean_by_name
 from memlib.nn.linear import initialise
 from memlib.pretrained.branch import BranchOutput, MemoryBranch
-from memlib.pretrained.state import AdapterWindow, MemoryCache
 from memlib.pretrained.families import decoder_layers
 from memlib.pretrained.lora import apply_lora_to_model, remove_lora
+from memlib.pretrained.state import AdapterWindow, MemoryCache
 
 PASS = "memory_pass"  # the keyword by which a forward pass reaches the hooks
 
