@@ -1,0 +1,1 @@
+"""Pretrained models: fetch, load, and extend them with memories."""
