@@ -79,7 +79,7 @@ class Text(Task):
         """Batch number `step`: the next segments * segment_length bytes of each row."""
         epoch, i = divmod(step, self.batches_per_epoch(batch_size, split))
         text, t = self.text[split], self.segments * self.segment_length
-        offset = generator(seed, split, epoch).integers(len(text))
+        offset = int(generator(seed, split, epoch).integers(len(text)))
         stream = contiguous_rows(text, batch_size, t, i, offset)
         scored = np.ones((batch_size, t), dtype=bool)
         return Batch.of(stream, scored, np.full(batch_size, i == 0))

@@ -117,7 +117,7 @@ def test_missing_broken_and_empty_data_are_named(tmp_path, streaming):
     with pytest.raises(ValueError, match=r"data\.dataset = '.*broken\.jsonl': cannot be read; repair"):
         opened("broken.jsonl")
     datasets.Dataset.from_dict({"id": []}).to_parquet(tmp_path / "empty.parquet")
-    with pytest.raises(ValueError, match="holds no rows; choose another|corresponds to no data"):
+    with pytest.raises(ValueError, match=r"holds no rows; choose another|corresponds to no data"):
         opened("empty.parquet")
 
 
