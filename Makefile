@@ -29,7 +29,7 @@ test test-fast notebooks: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test test-fast test-newest notebooks lint format types hooks doctor docs \
-	docs-check table lock lock-check env browser extras image image-run image-test wheelhouse clean
+	docs-check table lock lock-check env browser extras model image image-run image-test wheelhouse clean
 
 help: ## List what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -39,8 +39,8 @@ lab: $(ENV) ## Open the lab in a browser; options: LAB_ARGS="--no-browser --port
 	@JUPYTER_CONFIG_PATH="$(CURDIR)/environment/jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
 		exec $(BIN)/python -m jupyterlab $(LAB_ARGS)
 
-# In CI nothing is skipped for lack of a browser or of a library to compare with.
-test: $(ENV) $(if $(CI),browser extras) ## Run every test and every notebook; options: PYTEST_ARGS="-k recall"
+# In CI nothing is skipped for lack of a browser, of a library to compare with, or of a pretrained model.
+test: $(ENV) $(if $(CI),browser extras model) ## Run every test and every notebook; options: PYTEST_ARGS="-k recall"
 	$(BIN)/python -m tests.run $(PYTEST_ARGS)
 
 test-fast: $(ENV) ## Run the tests that take seconds: no notebooks, nothing that learns
@@ -106,6 +106,9 @@ extras: .venv/.locked-extras ## Add what pretrained models need, and the librari
 
 .venv/.locked-extras: $(ENV) environment/extras.txt
 	@bash environment/env.sh extras
+
+model: extras ## Fetch SmolLM2-135M-Instruct (93 MB) into ~/.cache/memlib, or into MEMLIB_CACHE
+	$(BIN)/python -m memlib.pretrained.fetch
 
 # Podman's own format has no health check.
 image: ## Build the lab's image; options: ENGINE=podman TORCH=cuda BUILD_ARGS="--build-arg …"

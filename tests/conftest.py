@@ -41,6 +41,20 @@ def lacking():
     return lacking_
 
 
+@pytest.fixture(scope="session")
+def smollm2(lacking):
+    """SmolLM2-135M-Instruct and its tokenizer, from the cache; shared, so a test must not change them."""
+    from memlib.pretrained.cache import WeightsError
+    from memlib.pretrained.weights import load_base
+
+    if importlib.util.find_spec("transformers") is None:
+        lacking("transformers", "make extras")
+    try:
+        return load_base("smollm2-135m-instruct")
+    except WeightsError as error:
+        lacking(f"SmolLM2 ({error})", "make model")
+
+
 @pytest.fixture
 def peer(lacking):
     """A library of `make extras` that does the same as memlib: peer("torchao.quantization")."""

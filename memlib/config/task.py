@@ -99,6 +99,44 @@ class TextConfig:
 
 
 @dataclass(kw_only=True)
+class SourceConfig:
+    """A data set for pretrained models: local files, or a data set of the hub."""
+
+    dataset: str = option("", "a local file or folder, or a hub dataset name")
+    subset: str | None = option(None, "the hub dataset's configuration")
+    split: str = option("train", "split of a hub dataset to read")
+    download: bool = option(False, "allow fetching a hub dataset that is not in the local cache")
+    streaming: bool = option(False, "read the data in order, a block at a time, instead of loading it whole")
+    block: int = option(1000, "with streaming: rows of a block, which are shuffled among themselves", 1)
+
+
+@dataclass(kw_only=True)
+class InstructionsConfig(SourceConfig):
+    """Conversations for instruction tuning; only the assistant's tokens are learned."""
+
+    dataset: str = option(
+        "HuggingFaceH4/ultrachat_200k", "a local file or folder (.jsonl, .parquet, …), or a hub dataset name"
+    )
+    split: str = option("train_sft", "split of a hub dataset to read")
+    messages_field: str = option("messages", "column with conversations: lists of {role, content}")
+    prompt_field: str = option("prompt", "column with prompts, if there is no messages_field")
+    response_field: str = option("response", "column with answers, if there is no messages_field")
+    max_length: int = option(2048, "tokens of an example; the rest is cut off", 2)
+
+
+@dataclass(kw_only=True)
+class DocumentsConfig(SourceConfig):
+    """Documents for continued pretraining, joined and cut into rows of equal length."""
+
+    dataset: str = option(
+        "python-stdlib", "python-stdlib (offline), a local file or folder, or a hub dataset name"
+    )
+    text_field: str = option("text", "column that holds the text")
+    row_length: int = option(1024, "tokens of a row", 2)
+    max_tokens: int = option(4_000_000, "without streaming: tokens to read at most", 1000)
+
+
+@dataclass(kw_only=True)
 class TaskConfig:
     """The task that the model is trained and measured on."""
 

@@ -60,7 +60,7 @@ class Text(Task):
         """Batches in one pass over the text; raises ValueError if the text is too short for one batch."""
         check_split(split)
         total, t = len(self.text[split]), self.segments * self.segment_length
-        batches = (total // batch_size - 1) // t
+        batches = batches_of(total, batch_size, t)
         if batches < 1:
             raise ValueError(
                 f"{self.config.dataset}: {total} bytes of {split} text are too few for "
@@ -79,9 +79,8 @@ class Text(Task):
         """Batch number `step`: the next segments * segment_length bytes of each row."""
         epoch, i = divmod(step, self.batches_per_epoch(batch_size, split))
         text, t = self.text[split], self.segments * self.segment_length
-        offset = generator(seed, split, epoch).integers(len(text))
-        first = offset + np.arange(batch_size) * (len(text) // batch_size) + i * t
-        stream = text[(rearrange(first, "b -> b 1") + np.arange(t + 1)) % len(text)]
+        offset = int(generator(seed, split, epoch).integers(len(text)))
+        stream = contiguous_rows(text, batch_size, t, i, offset)
         scored = np.ones((batch_size, t), dtype=bool)
         return Batch.of(stream, scored, np.full(batch_size, i == 0))
 
@@ -100,6 +99,20 @@ class Text(Task):
             )
             predictions.append(next((followed[e] for e in endings if e in followed), 0))
         return predictions
+
+
+def batches_of(total: int, batch_size: int, t: int) -> int:
+    """Batches of t tokens per row in one pass over `total` tokens, each row reading its own part."""
+    return (total // batch_size - 1) // t
+
+
+def contiguous_rows(text: np.ndarray, batch_size: int, t: int, i: int, offset: int) -> np.ndarray:
+    """Batch i of a pass over `text` rotated by `offset`: [b t+1], the last token only a target.
+
+    Row r reads part r of the b equal parts, so row r of batch i + 1 continues row r of batch i.
+    """
+    first = offset + np.arange(batch_size) * (len(text) // batch_size) + i * t
+    return text[(rearrange(first, "b -> b 1") + np.arange(t + 1)) % len(text)]
 
 
 def byte_name(byte: int) -> str:
