@@ -31,6 +31,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlib.config import (
@@ -85,6 +86,12 @@ class Pass:
         self.hidden: dict[int, Tensor] = {}
         self.losses: Losses = []
 
+    @property
+    def positions(self) -> Tensor:
+        """Rotary positions of the new tokens: [b n]. Padding takes none, as in transformers' generate."""
+        new = self.ids.shape[1] - self.state.window.length
+        return (self.seen.long().cumsum(1) - 1).clamp(min=0)[:, -new:]
+
 
 class MemoryAdapter(nn.Module):
     """Memories and LoRA in a pretrained model; only what was added is trained, saved and loaded.
@@ -100,6 +107,7 @@ class MemoryAdapter(nn.Module):
         if base is None:
             base = load_named(config)
         layers = decoder_layers(base)
+        refuse_base(base)
         self.config = resolve(config, base, len(layers))
         options = self.config.adapter
         self.base = base
@@ -227,6 +235,7 @@ class MemoryAdapter(nn.Module):
         past_key_values, a `MemoryCache`, the call is one step of `generate`: the mask then covers the cached
         tokens too. Raises ValueError where shapes, ids or the state do not fit.
         """
+        self.refuse_detached()
         if past_key_values is not None:
             return self.forward_cached(input_ids, attention_mask, labels, memory_state, past_key_values)
         self.check(input_ids, attention_mask, labels, memory_state)
@@ -261,9 +270,11 @@ class MemoryAdapter(nn.Module):
         if self.config.adapter.mode == "segment":
             keep = length < self.segment_length
         cache = MemoryCache(self.base.config, state) if keep or window.seen.shape[1] else None
+        padded = passing.has_tokens is not None
         output = self.base(
             ids,
-            attention_mask=None if passing.has_tokens is None else passing.seen.long(),
+            attention_mask=passing.seen.long() if padded else None,
+            position_ids=passing.positions if padded else None,
             past_key_values=cache,
             use_cache=cache is not None,
             **{PASS: passing},
@@ -348,8 +359,14 @@ class MemoryAdapter(nn.Module):
 
         memory_state: of as many rows as input_ids, with a base that starts anew (`new_context`). With
         `return_dict_in_generate=True` the state after the last token that was read is
-        `output.past_key_values.memory_state`.
+        `output.past_key_values.memory_state`: a row that ended early has read padding since, and after a beam
+        search the rows are the beams that were running.
+
+        Padding counts for the segments' borders: a row padded by other than whole segments is written in
+        other groups of tokens than alone. With `memlib.inference.generate` no row depends on its padding,
+        and each row's state ends with its own last token.
         """
+        self.refuse_detached()
         self.refuse_segments("generate")
         self.check(input_ids, attention_mask, None, memory_state)
         if memory_state is not None and cast(AdapterWindow, memory_state.window).seen.shape[1]:
@@ -362,6 +379,12 @@ class MemoryAdapter(nn.Module):
             attention_mask = torch.ones_like(input_ids)
         cache = MemoryCache(self.base.config, memory_state)
         return self.base.generate(input_ids, attention_mask=attention_mask, past_key_values=cache, **options)
+
+    def refuse_detached(self) -> None:
+        if not self.handles:
+            raise ValueError(
+                "this adapter is detached from its base: build a new one with MemoryAdapter(config, base)"
+            )
 
     def refuse_segments(self, what: str) -> None:
         if self.config.adapter.mode == "segment":
@@ -390,7 +413,14 @@ class MemoryAdapter(nn.Module):
         given = kwargs.get("attention_mask")
         mask = torch.ones_like(ids) if given is None else given[:, -ids.shape[1] :]
         passing = Pass(state, ids, mask.bool(), False)
-        return args, {**kwargs, PASS: passing}
+        if given is not None and given.shape != passing.seen.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(given.shape)}: with past_key_values it covers the cached "
+                f"tokens and the new ones, {tuple(passing.seen.shape)}; None takes the cached tokens' own"
+            )
+        ours = {"attention_mask": passing.seen.long(), "position_ids": passing.positions}
+        missing = {name: value for name, value in ours.items() if kwargs.get(name) is None}
+        return args, {**kwargs, **missing, PASS: passing}
 
     def end(self, base: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """After the base: leave the new state in the cache."""
@@ -447,6 +477,7 @@ class MemoryAdapter(nn.Module):
         check_inputs(input_ids, attention_mask, labels, self.embedding.num_embeddings)
         if memory_state is not None:
             check_state(self, memory_state, input_ids.shape[0], self.wide)
+            MemoryCache(self.base.config).check_window(cast(AdapterWindow, memory_state.window))
 
     def close_memory(self) -> None:
         """Shut every memory out (law L5): from here on exactly the base."""
@@ -468,8 +499,10 @@ class MemoryAdapter(nn.Module):
 
     def detach(self) -> Any:
         """Take everything out again and return the base, exactly as it was; the adapter is then unusable."""
+        self.refuse_detached()
         for handle in self.handles:
             handle.remove()
+        self.handles = []
         if self.config.adapter.lora:
             remove_lora(self.base)
         for parameter in self.thawed:
@@ -486,6 +519,19 @@ def load_named(config: Config) -> Any:
             "adapter.base_model_name = null: name a pretrained model, or call MemoryAdapter(config, base)"
         )
     return load_base(config.adapter.base_model_name)[0]
+
+
+def refuse_base(base: Any) -> None:
+    """Raise ValueError for a base that has an adapter, or that keeps more than keys and values."""
+    hooks = [getattr(hook, "__self__", None) for hook in base._forward_pre_hooks.values()]
+    if any(isinstance(owner, MemoryAdapter) for owner in hooks):
+        raise ValueError("this base has an adapter already: call its detach() first, or load the base again")
+    kinds = {type(layer) for layer in DynamicCache(config=base.config).layers}
+    if other := sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer}):
+        raise ValueError(
+            f"base model of type {base.config.model_type!r} caches {', '.join(other)}: a memory state "
+            "carries keys and values only; choose a base with softmax attention in every layer"
+        )
 
 
 def resolve(config: Config, base: Any, num_layers: int) -> Config:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import einsum
-from torch import nn
 
 from memlib.config import AdapterConfig, Config, MemoryConfig, ModelConfig, override
 from memlib.models import MemoryTransformer
@@ -77,25 +75,11 @@ def build(family: str, peer: Any, dtype: torch.dtype = torch.float64, seed: int 
     return tiny(family, dtype, seed=seed, **options)
 
 
-class Rotary64(nn.Module):
-    """Rotary angles in float64: transformers takes them in float32, also in float64 models."""
-
-    def __init__(self, rotary: nn.Module) -> None:
-        super().__init__()
-        self.inv_freq = rotary.inv_freq.double()
-
-    def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = einsum(position_ids.double(), self.inv_freq, "b n, k -> b n k")
-        angles = torch.cat((angles, angles), -1)
-        return angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
-
-
 @dataclass(frozen=True, eq=False)
 class AdapterCase(Case):
     """A tiny pretrained model with memories, for the laws."""
 
     family: str = "llama"
-    exact_rotary: bool = True
     adapter: tuple[tuple[str, Any], ...] = ()
 
     def config(self, **memory: Any) -> Config:
@@ -114,10 +98,7 @@ class AdapterCase(Case):
 
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            base = tiny(self.family, self.dtype)
-            if self.exact_rotary:
-                base.model.rotary_emb = Rotary64(base.model.rotary_emb)
-            return MemoryAdapter(self.config(**memory), base).to(self.dtype).eval()
+            return MemoryAdapter(self.config(**memory), tiny(self.family, self.dtype)).to(self.dtype).eval()
 
     def build(self) -> Any:
         """The adapter with every weight that it added moved off its start; the base as it is."""
