@@ -111,21 +111,6 @@ class MemoryAdapter(nn.Module):
         self.config = resolve(config, base, len(layers))
         options = self.config.adapter
         self.base = base
-        self.thawed = [parameter for parameter in base.parameters() if parameter.requires_grad]
-        if options.freeze_base_model:
-            base.requires_grad_(False)
-        if options.lora:
-            apply_lora_to_model(
-                base,
-                "all-linear" if options.lora_targets == ["all-linear"] else options.lora_targets,
-                options.lora_rank,
-                options.lora_alpha,
-                use_rslora=options.use_rslora,
-                dropout=options.lora_dropout,
-                rank_pattern=options.lora_rank_pattern,
-                alpha_pattern=options.lora_alpha_pattern,
-                freeze_base=options.freeze_base_model,
-            )
         kinds = get_memory_kinds(self.config) if options.memory else {}
         sizes = stream_sizes(base, kinds) if options.scale is None else dict.fromkeys(kinds, options.scale)
         self.branches = nn.ModuleDict(
@@ -145,6 +130,21 @@ class MemoryAdapter(nn.Module):
             {layer: self.branch(layer).memories for layer in kinds}, get_memory_bank_assignments(self.config)
         )
         initialise(self.branches).to(base.device)
+        self.thawed = [parameter for parameter in base.parameters() if parameter.requires_grad]
+        if options.lora:
+            apply_lora_to_model(
+                base,
+                "all-linear" if options.lora_targets == ["all-linear"] else options.lora_targets,
+                options.lora_rank,
+                options.lora_alpha,
+                use_rslora=options.use_rslora,
+                dropout=options.lora_dropout,
+                rank_pattern=options.lora_rank_pattern,
+                alpha_pattern=options.lora_alpha_pattern,
+                freeze_base=options.freeze_base_model,
+            )
+        elif options.freeze_base_model:
+            base.requires_grad_(False)
         self.handles = [
             base.register_forward_pre_hook(self.begin, with_kwargs=True),
             base.register_forward_hook(self.end, with_kwargs=True),
@@ -449,9 +449,8 @@ class MemoryAdapter(nn.Module):
             latest=self.stack.at(layer, passing.latest),
             has_tokens=passing.has_tokens,
         )
-        recompute = self.config.training.gradient_checkpointing or self.base.is_activation_checkpointing
         run: Any = branch
-        if self.training and recompute:
+        if self.training and self.is_activation_checkpointing:
             run = partial(checkpoint, branch, use_reentrant=False)
         output: BranchOutput = run(residual, inputs, self.segment_length)
         self.stack.put(layer, passing.latest, output.states)
@@ -477,7 +476,14 @@ class MemoryAdapter(nn.Module):
         check_inputs(input_ids, attention_mask, labels, self.embedding.num_embeddings)
         if memory_state is not None:
             check_state(self, memory_state, input_ids.shape[0], self.wide)
-            MemoryCache(self.base.config).check_window(cast(AdapterWindow, memory_state.window))
+            window = cast(AdapterWindow, memory_state.window)
+            MemoryCache(self.base.config).check_window(window)
+            if self.config.adapter.mode == "segment" and window.seen.shape[1] > window.length:
+                raise ValueError(
+                    f"memory_state has {window.seen.shape[1]} tokens in the base's cache, {window.length} of "
+                    "them in the open segment: it is of an adapter with adapter.mode = 'full'; pass "
+                    "new_context(memory_state)"
+                )
 
     def close_memory(self) -> None:
         """Shut every memory out (law L5): from here on exactly the base."""
@@ -489,6 +495,27 @@ class MemoryAdapter(nn.Module):
         from memlib.training.optimizer import parameter_groups
 
         return parameter_groups(self, self.config.training)
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute layers and branches in the backward pass instead of saving what is inside them.
+
+        The arguments are transformers' and count for the layers; every branch is recomputed.
+        """
+        self.base.activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Save activations again."""
+        self.base.activation_checkpointing_disable()
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether layers and branches are recomputed in the backward pass."""
+        return self.config.training.gradient_checkpointing or self.base.is_activation_checkpointing
 
     def added(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of what the adapter added, each once; of the base too if it is trained."""

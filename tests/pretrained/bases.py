@@ -107,12 +107,48 @@ class AdapterCase(Case):
         return model
 
 
+def adapter(
+    family: str = "llama",
+    kinds: tuple[str, ...] = ("internal", "external"),
+    *,
+    base: Any = None,
+    dtype: torch.dtype = torch.float64,
+    stirred: bool = True,
+    options: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Any:
+    """An adapter in eval mode, of the same weights each time, with what it added moved off its start.
+
+    settings: fields of `AdapterConfig`; options: other fields of the configuration, by path. With a base the
+    branches are float32, or float64 with a float64 base.
+    """
+    from memlib.pretrained.adapter import MemoryAdapter
+
+    fused = {
+        kind: next(one for one in cases.variants(kind) if not memory_config(kind)(**one).in_attention)
+        for kind in kinds
+    }
+    case = AdapterCase(family, {}, fused, family=family)
+    changes = {f"adapter.{name}": value for name, value in settings.items()}
+    config = override(case.config(), {"adapter.freeze_base_model": True} | changes | (options or {}))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = tiny(family, dtype) if base is None else base
+        model = MemoryAdapter(config, base).eval()
+    model.branches.to(torch.promote_types(base.dtype, torch.float32))
+    if stirred:
+        cases.stir(model.branches)
+        if config.adapter.lora:
+            stir_lora(model)
+    return model
+
+
 # -------------------------------------------------------------------------------------------- LoRA and PEFT
 
 
-def ids(rows: int = 2, tokens: int = 9) -> torch.Tensor:
+def ids(rows: int = 2, tokens: int = 9, seed: int = 0) -> torch.Tensor:
     """Random token ids: [rows tokens]."""
-    return torch.randint(VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    return torch.randint(VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def logits(model: Any) -> torch.Tensor:
