@@ -31,16 +31,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlib.config import (
     Config,
-    ConfigError,
-    check_sizes,
     get_memory_bank_assignments,
     get_memory_kinds,
-    override,
 )
 from memlib.memory import MEMORIES
 from memlib.memory.base import State
@@ -52,7 +48,10 @@ from memlib.models.transformer import Losses, mean_by_name
 from memlib.nn.linear import initialise
 from memlib.pretrained.branch import BranchOutput, MemoryBranch
 from memlib.pretrained.families import decoder_layers
+from memlib.pretrained.fitting import load_named, refuse_base, resolve, stream_sizes
 from memlib.pretrained.lora import apply_lora_to_model, remove_lora
+from memlib.pretrained.model_config import AdapterModelConfig
+from memlib.pretrained.saved_module import SavedModule
 from memlib.pretrained.state import AdapterWindow, MemoryCache
 
 PASS = "memory_pass"  # the keyword by which a forward pass reaches the hooks
@@ -93,7 +92,7 @@ class Pass:
         return (self.seen.long().cumsum(1) - 1).clamp(min=0)[:, -new:]
 
 
-class MemoryAdapter(nn.Module):
+class MemoryAdapter(SavedModule):
     """Memories and LoRA in a pretrained model; only what was added is trained, saved and loaded.
 
     config: `adapter` says what is added, `memory` which memories in which layers, `model.segment_length`
@@ -108,7 +107,7 @@ class MemoryAdapter(nn.Module):
             base = load_named(config)
         layers = decoder_layers(base)
         refuse_base(base)
-        self.config = resolve(config, base, len(layers))
+        self.config = AdapterModelConfig.of(resolve(config, base, len(layers)), base.config)
         options = self.config.adapter
         self.base = base
         kinds = get_memory_kinds(self.config) if options.memory else {}
@@ -527,96 +526,11 @@ class MemoryAdapter(nn.Module):
     def detach(self) -> Any:
         """Take everything out again and return the base, exactly as it was; the adapter is then unusable."""
         self.refuse_detached()
+        if self.config.adapter.lora:
+            remove_lora(self.base)  # first: it refuses merged layers
         for handle in self.handles:
             handle.remove()
         self.handles = []
-        if self.config.adapter.lora:
-            remove_lora(self.base)
         for parameter in self.thawed:
             parameter.requires_grad_(True)
         return self.base
-
-
-def load_named(config: Config) -> Any:
-    """The base that a configuration names."""
-    from memlib.pretrained.weights import load_base
-
-    if config.adapter.base_model_name is None:
-        raise ConfigError(
-            "adapter.base_model_name = null: name a pretrained model, or call MemoryAdapter(config, base)"
-        )
-    return load_base(config.adapter.base_model_name)[0]
-
-
-def refuse_base(base: Any) -> None:
-    """Raise ValueError for a base that has an adapter, or that keeps more than keys and values."""
-    hooks = [getattr(hook, "__self__", None) for hook in base._forward_pre_hooks.values()]
-    if any(isinstance(owner, MemoryAdapter) for owner in hooks):
-        raise ValueError("this base has an adapter already: call its detach() first, or load the base again")
-    kinds = {type(layer) for layer in DynamicCache(config=base.config).layers}
-    if other := sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer}):
-        raise ValueError(
-            f"base model of type {base.config.model_type!r} caches {', '.join(other)}: a memory state "
-            "carries keys and values only; choose a base with softmax attention in every layer"
-        )
-
-
-def resolve(config: Config, base: Any, num_layers: int) -> Config:
-    """The configuration with the base's sizes, checked; ConfigError names what cannot work and why."""
-    options, memory = config.adapter, config.memory
-    if options.memory and memory.kinds:
-        if memory.fusion != "residual":
-            raise ConfigError(
-                "memory.fusion = 'softmax': a pretrained layer's attention has no gating network that could "
-                "weigh memories against it without changing the base; set memory.fusion: residual"
-            )
-        if memory.memory_block_variant == "B":
-            raise ConfigError(
-                "memory.memory_block_variant = 'B': a hook stands after a layer, not before its MLP; set "
-                "memory.memory_block_variant: A"
-            )
-        sharing = [kind for kind in memory.kinds if MEMORIES[kind].shares_state]
-        if options.mode == "full" and memory.memory_sharing != "per_layer" and sharing:
-            raise ConfigError(
-                f"memory.memory_sharing = {memory.memory_sharing!r}: in one forward pass over several "
-                f"segments a layer reads {sharing[0]} before later layers have written the segment before; "
-                "set memory.memory_sharing: per_layer or adapter.mode: segment"
-            )
-    sizes = {
-        "model.hidden_dim": options.width,
-        "model.num_heads": 1,
-        "model.num_layers": num_layers,
-        "model.vocab_size": base.get_input_embeddings().num_embeddings,
-        "model.use_rope": False,
-        "adapter.base_model_name": options.base_model_name or base.config.name_or_path or "a base model",
-    }
-    resolved = override(config, sizes)
-    try:
-        check_sizes(resolved)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("model.hidden_dim", "adapter.width")) from None
-    return resolved
-
-
-@torch.no_grad()
-def stream_sizes(base: Any, layers: Any) -> dict[int, float]:
-    """The median RMS of the residual stream's tokens after each of these layers, on ids from all over the
-    vocabulary; 1 for a base without values (on the meta device).
-
-    The median, because first tokens can be a hundred times larger than all others (attention sinks).
-    """
-    if not layers or base.device.type == "meta":
-        return dict.fromkeys(layers, 1.0)
-    sizes: dict[int, float] = {}
-
-    def measure(layer: int, _module: Any, _args: Any, output: Any) -> None:
-        stream = output if isinstance(output, Tensor) else output[0]
-        sizes[layer] = float(stream.float().pow(2).mean(-1).sqrt().median())
-
-    found = decoder_layers(base)
-    handles = [found[layer].register_forward_hook(partial(measure, layer)) for layer in layers]
-    last = base.get_input_embeddings().num_embeddings - 1
-    base(torch.linspace(0, last, min(128, last), device=base.device).long()[None], use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return sizes

@@ -114,10 +114,11 @@ def adapter(
     base: Any = None,
     dtype: torch.dtype = torch.float64,
     stirred: bool = True,
+    seed: int = 1,
     options: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
-    """An adapter in eval mode, of the same weights each time, with what it added moved off its start.
+    """An adapter in eval mode, of the same weights for a seed, with what it added moved off its start.
 
     settings: fields of `AdapterConfig`; options: other fields of the configuration, by path. With a base the
     branches are float32, or float64 with a float64 base.
@@ -137,9 +138,9 @@ def adapter(
         model = MemoryAdapter(config, base).eval()
     model.branches.to(torch.promote_types(base.dtype, torch.float32))
     if stirred:
-        cases.stir(model.branches)
+        cases.stir(model.branches, seed=seed)
         if config.adapter.lora:
-            stir_lora(model)
+            stir_lora(model, seed)
     return model
 
 

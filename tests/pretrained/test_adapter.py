@@ -12,13 +12,14 @@ pytest.importorskip("transformers", reason="no transformers: `make extras` insta
 
 import transformers
 
-from memlib.config import AdapterConfig, Config, ConfigError
+from memlib.config import AdapterConfig, Config, ConfigError, to_dict
 from memlib.lab.trace import record
 from memlib.memory import MEMORIES
 from memlib.models.stores import attach_stores, save_stores, stale_report
-from memlib.pretrained.adapter import MemoryAdapter, resolve
+from memlib.pretrained.adapter import MemoryAdapter
 from memlib.pretrained.branch import MemoryBranch
 from memlib.pretrained.families import FAMILIES as KNOWN
+from memlib.pretrained.fitting import resolve
 from memlib.pretrained.state import MemoryCache
 
 from ..laws.cases import SEGMENT, VOCAB
@@ -395,7 +396,7 @@ def test_shared_states_work_in_the_mode_segment():
     sharing = {"memory.memory_sharing": "shared"}
     model = adapter(kinds=("internal",), mode="segment", options=sharing)
     assert len(model(ids()).memory_state.memories) == 1
-    assert resolve(model.config, model.base, LAYERS) == model.config
+    assert to_dict(resolve(model.config, model.base, LAYERS)) == to_dict(model.config)
 
 
 def test_inputs_that_do_not_fit_are_refused_with_a_remedy():
