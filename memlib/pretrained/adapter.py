@@ -35,11 +35,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlib.config import (
     Config,
-    ConfigError,
-    check_sizes,
     get_memory_bank_assignments,
     get_memory_kinds,
-    override,
 )
 from memlib.memory import MEMORIES
 from memlib.memory.base import State
@@ -51,7 +48,10 @@ from memlib.models.transformer import Losses, mean_by_name
 from memlib.nn.linear import initialise
 from memlib.pretrained.branch import BranchOutput, MemoryBranch
 from memlib.pretrained.families import decoder_layers
+from memlib.pretrained.fitting import load_named, refuse_base, resolve, stream_sizes
 from memlib.pretrained.lora import apply_lora_to_model, remove_lora
+from memlib.pretrained.model_config import AdapterModelConfig
+from memlib.pretrained.saved_module import SavedModule
 from memlib.pretrained.state import AdapterWindow, MemoryCache
 
 PASS = "memory_pass"  # the keyword by which a forward pass reaches the hooks
@@ -85,8 +85,14 @@ class Pass:
         self.hidden: dict[int, Tensor] = {}
         self.losses: Losses = []
 
+    @property
+    def positions(self) -> Tensor:
+        """Rotary positions of the new tokens: [b n]. Padding takes none, as in transformers' generate."""
+        new = self.ids.shape[1] - self.state.window.length
+        return (self.seen.long().cumsum(1) - 1).clamp(min=0)[:, -new:]
 
-class MemoryAdapter(nn.Module):
+
+class MemoryAdapter(SavedModule):
     """Memories and LoRA in a pretrained model; only what was added is trained, saved and loaded.
 
     config: `adapter` says what is added, `memory` which memories in which layers, `model.segment_length`
@@ -100,24 +106,10 @@ class MemoryAdapter(nn.Module):
         if base is None:
             base = load_named(config)
         layers = decoder_layers(base)
-        self.config = resolve(config, base, len(layers))
+        refuse_base(base)
+        self.config = AdapterModelConfig.of(resolve(config, base, len(layers)), base.config)
         options = self.config.adapter
         self.base = base
-        self.thawed = [parameter for parameter in base.parameters() if parameter.requires_grad]
-        if options.freeze_base_model:
-            base.requires_grad_(False)
-        if options.lora:
-            apply_lora_to_model(
-                base,
-                "all-linear" if options.lora_targets == ["all-linear"] else options.lora_targets,
-                options.lora_rank,
-                options.lora_alpha,
-                use_rslora=options.use_rslora,
-                dropout=options.lora_dropout,
-                rank_pattern=options.lora_rank_pattern,
-                alpha_pattern=options.lora_alpha_pattern,
-                freeze_base=options.freeze_base_model,
-            )
         kinds = get_memory_kinds(self.config) if options.memory else {}
         sizes = stream_sizes(base, kinds) if options.scale is None else dict.fromkeys(kinds, options.scale)
         self.branches = nn.ModuleDict(
@@ -137,6 +129,21 @@ class MemoryAdapter(nn.Module):
             {layer: self.branch(layer).memories for layer in kinds}, get_memory_bank_assignments(self.config)
         )
         initialise(self.branches).to(base.device)
+        self.thawed = [parameter for parameter in base.parameters() if parameter.requires_grad]
+        if options.lora:
+            apply_lora_to_model(
+                base,
+                "all-linear" if options.lora_targets == ["all-linear"] else options.lora_targets,
+                options.lora_rank,
+                options.lora_alpha,
+                use_rslora=options.use_rslora,
+                dropout=options.lora_dropout,
+                rank_pattern=options.lora_rank_pattern,
+                alpha_pattern=options.lora_alpha_pattern,
+                freeze_base=options.freeze_base_model,
+            )
+        elif options.freeze_base_model:
+            base.requires_grad_(False)
         self.handles = [
             base.register_forward_pre_hook(self.begin, with_kwargs=True),
             base.register_forward_hook(self.end, with_kwargs=True),
@@ -232,6 +239,7 @@ class MemoryAdapter(nn.Module):
         past_key_values, a `MemoryCache`, the call is one step of `generate`: the mask then covers the cached
         tokens too. Raises ValueError where shapes, ids or the state do not fit.
         """
+        self.refuse_detached()
         if past_key_values is not None:
             return self.forward_cached(input_ids, attention_mask, labels, memory_state, past_key_values)
         self.check(input_ids, attention_mask, labels, memory_state)
@@ -266,9 +274,11 @@ class MemoryAdapter(nn.Module):
         if self.config.adapter.mode == "segment":
             keep = length < self.segment_length
         cache = MemoryCache(self.base.config, state) if keep or window.seen.shape[1] else None
+        padded = passing.has_tokens is not None
         output = self.base(
             ids,
-            attention_mask=None if passing.has_tokens is None else passing.seen.long(),
+            attention_mask=passing.seen.long() if padded else None,
+            position_ids=passing.positions if padded else None,
             past_key_values=cache,
             use_cache=cache is not None,
             **{PASS: passing},
@@ -353,8 +363,14 @@ class MemoryAdapter(nn.Module):
 
         memory_state: of as many rows as input_ids, with a base that starts anew (`new_context`). With
         `return_dict_in_generate=True` the state after the last token that was read is
-        `output.past_key_values.memory_state`.
+        `output.past_key_values.memory_state`: a row that ended early has read padding since, and after a beam
+        search the rows are the beams that were running.
+
+        Padding counts for the segments' borders: a row padded by other than whole segments is written in
+        other groups of tokens than alone. With `memlib.inference.generate` no row depends on its padding,
+        and each row's state ends with its own last token.
         """
+        self.refuse_detached()
         self.refuse_segments("generate")
         self.check(input_ids, attention_mask, None, memory_state)
         if memory_state is not None and cast(AdapterWindow, memory_state.window).seen.shape[1]:
@@ -367,6 +383,12 @@ class MemoryAdapter(nn.Module):
             attention_mask = torch.ones_like(input_ids)
         cache = MemoryCache(self.base.config, memory_state)
         return self.base.generate(input_ids, attention_mask=attention_mask, past_key_values=cache, **options)
+
+    def refuse_detached(self) -> None:
+        if not self.handles:
+            raise ValueError(
+                "this adapter is detached from its base: build a new one with MemoryAdapter(config, base)"
+            )
 
     def refuse_segments(self, what: str) -> None:
         if self.config.adapter.mode == "segment":
@@ -395,7 +417,14 @@ class MemoryAdapter(nn.Module):
         given = kwargs.get("attention_mask")
         mask = torch.ones_like(ids) if given is None else given[:, -ids.shape[1] :]
         passing = Pass(state, ids, mask.bool(), False)
-        return args, {**kwargs, PASS: passing}
+        if given is not None and given.shape != passing.seen.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(given.shape)}: with past_key_values it covers the cached "
+                f"tokens and the new ones, {tuple(passing.seen.shape)}; None takes the cached tokens' own"
+            )
+        ours = {"attention_mask": passing.seen.long(), "position_ids": passing.positions}
+        missing = {name: value for name, value in ours.items() if kwargs.get(name) is None}
+        return args, {**kwargs, **missing, PASS: passing}
 
     def end(self, base: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """After the base: leave the new state in the cache."""
@@ -424,9 +453,8 @@ class MemoryAdapter(nn.Module):
             latest=self.stack.at(layer, passing.latest),
             has_tokens=passing.has_tokens,
         )
-        recompute = self.config.training.gradient_checkpointing or self.base.is_activation_checkpointing
         run: Any = branch
-        if self.training and recompute:
+        if self.training and self.is_activation_checkpointing:
             run = partial(checkpoint, branch, use_reentrant=False)
         output: BranchOutput = run(residual, inputs, self.segment_length)
         self.stack.put(layer, passing.latest, output.states)
@@ -452,6 +480,14 @@ class MemoryAdapter(nn.Module):
         check_inputs(input_ids, attention_mask, labels, self.embedding.num_embeddings)
         if memory_state is not None:
             check_state(self, memory_state, input_ids.shape[0], self.wide)
+            window = cast(AdapterWindow, memory_state.window)
+            MemoryCache(self.base.config).check_window(window)
+            if self.config.adapter.mode == "segment" and window.seen.shape[1] > window.length:
+                raise ValueError(
+                    f"memory_state has {window.seen.shape[1]} tokens in the base's cache, {window.length} of "
+                    "them in the open segment: it is of an adapter with adapter.mode = 'full'; pass "
+                    "new_context(memory_state)"
+                )
 
     def close_memory(self) -> None:
         """Shut every memory out (law L5): from here on exactly the base."""
@@ -464,6 +500,27 @@ class MemoryAdapter(nn.Module):
 
         return parameter_groups(self, self.config.training)
 
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute layers and branches in the backward pass instead of saving what is inside them.
+
+        The arguments are transformers' and count for the layers; every branch is recomputed.
+        """
+        self.base.activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Save activations again."""
+        self.base.activation_checkpointing_disable()
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether layers and branches are recomputed in the backward pass."""
+        return self.config.training.gradient_checkpointing or self.base.is_activation_checkpointing
+
     def added(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of what the adapter added, each once; of the base too if it is trained."""
         for name, parameter in self.named_parameters():
@@ -473,82 +530,12 @@ class MemoryAdapter(nn.Module):
 
     def detach(self) -> Any:
         """Take everything out again and return the base, exactly as it was; the adapter is then unusable."""
+        self.refuse_detached()
+        if self.config.adapter.lora:
+            remove_lora(self.base)  # first: it refuses merged layers
         for handle in self.handles:
             handle.remove()
-        if self.config.adapter.lora:
-            remove_lora(self.base)
+        self.handles = []
         for parameter in self.thawed:
             parameter.requires_grad_(True)
         return self.base
-
-
-def load_named(config: Config) -> Any:
-    """The base that a configuration names."""
-    from memlib.pretrained.weights import load_base
-
-    if config.adapter.base_model_name is None:
-        raise ConfigError(
-            "adapter.base_model_name = null: name a pretrained model, or call MemoryAdapter(config, base)"
-        )
-    return load_base(config.adapter.base_model_name)[0]
-
-
-def resolve(config: Config, base: Any, num_layers: int) -> Config:
-    """The configuration with the base's sizes, checked; ConfigError names what cannot work and why."""
-    options, memory = config.adapter, config.memory
-    if options.memory and memory.kinds:
-        if memory.fusion != "residual":
-            raise ConfigError(
-                "memory.fusion = 'softmax': a pretrained layer's attention has no gating network that could "
-                "weigh memories against it without changing the base; set memory.fusion: residual"
-            )
-        if memory.memory_block_variant == "B":
-            raise ConfigError(
-                "memory.memory_block_variant = 'B': a hook stands after a layer, not before its MLP; set "
-                "memory.memory_block_variant: A"
-            )
-        sharing = [kind for kind in memory.kinds if MEMORIES[kind].shares_state]
-        if options.mode == "full" and memory.memory_sharing != "per_layer" and sharing:
-            raise ConfigError(
-                f"memory.memory_sharing = {memory.memory_sharing!r}: in one forward pass over several "
-                f"segments a layer reads {sharing[0]} before later layers have written the segment before; "
-                "set memory.memory_sharing: per_layer or adapter.mode: segment"
-            )
-    sizes = {
-        "model.hidden_dim": options.width or base.config.hidden_size,
-        "model.num_heads": 1,
-        "model.num_layers": num_layers,
-        "model.vocab_size": base.get_input_embeddings().num_embeddings,
-        "model.use_rope": False,
-        "adapter.base_model_name": options.base_model_name or base.config.name_or_path or "a base model",
-    }
-    resolved = override(config, sizes)
-    try:
-        check_sizes(resolved)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("model.hidden_dim", "adapter.width")) from None
-    return resolved
-
-
-@torch.no_grad()
-def stream_sizes(base: Any, layers: Any) -> dict[int, float]:
-    """The median RMS of the residual stream's tokens after each of these layers, on ids from all over the
-    vocabulary; 1 for a base without values (on the meta device).
-
-    The median, because first tokens can be a hundred times larger than all others (attention sinks).
-    """
-    if not layers or base.device.type == "meta":
-        return dict.fromkeys(layers, 1.0)
-    sizes: dict[int, float] = {}
-
-    def measure(layer: int, _module: Any, _args: Any, output: Any) -> None:
-        stream = output if isinstance(output, Tensor) else output[0]
-        sizes[layer] = float(stream.float().pow(2).mean(-1).sqrt().median())
-
-    found = decoder_layers(base)
-    handles = [found[layer].register_forward_hook(partial(measure, layer)) for layer in layers]
-    last = base.get_input_embeddings().num_embeddings - 1
-    base(torch.linspace(0, last, min(128, last), device=base.device).long()[None], use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return sizes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,15 +23,20 @@ class AdapterWindow(Window):
     """keys, values: of each layer of the base [b h t k], in the base's type; seen: [b t], false for padding.
     hidden: of each memory layer [b p w]; mask, ids: [b p], of the open segment.
 
-    In the mode `full` t counts all tokens of the stream, else those of the open segment.
+    In the mode `full` t counts all tokens of the stream, else those of the open segment. A layer with a
+    sliding window of s tokens keeps the newest s - 1.
     """
 
     seen: Tensor = axes("batch token")
 
     def token_counts(self) -> Iterator[tuple[str, int, int]]:
+        seen = self.seen.shape[1]
         for name, tokens, length in super().token_counts():
-            of_base = name.partition(".")[0] in ("keys", "values", "seen")
-            yield name, tokens, self.seen.shape[1] if of_base else length
+            kind = name.partition(".")[0]
+            if kind in ("keys", "values"):  # a sliding window keeps fewer: `MemoryCache.check_window`
+                yield name, tokens, min(tokens, seen)
+            else:
+                yield name, tokens, seen if kind == "seen" else length
 
     def without_cache(self) -> AdapterWindow:
         """The same open segment for a base that starts anew: it has seen nothing."""
@@ -50,11 +55,27 @@ class MemoryCache(DynamicCache):
         super().__init__(config=config)
         self.state: MemoryState | None = None
         if state is not None:
-            window = state.window
+            window = cast(AdapterWindow, state.window)
             for layer, (keys, values) in enumerate(zip(window.keys, window.values, strict=True)):
                 if keys.shape[2]:
                     self.update(keys, values, layer)
+                kept: Any = self.layers[layer]
+                if kept.is_sliding:  # it counts what it no longer keeps
+                    kept.cumulative_length = window.seen.shape[1]
             self.state = replace(state, window=replace(window, keys=(), values=()))
+
+    def check_window(self, window: AdapterWindow) -> None:
+        """Raise ValueError unless a window has as many keys and values of each layer as this cache keeps."""
+        layers: Any = self.layers
+        seen = window.seen.shape[1]
+        for i, layer in enumerate(layers):
+            expected = min(seen, layer.sliding_window - 1) if layer.is_sliding else seen
+            for name, tensor in (("keys", window.keys[i]), ("values", window.values[i])):
+                if tensor.shape[2] != expected:
+                    raise ValueError(
+                        f"memory_state.window.{name}.{i} has {tensor.shape[2]} tokens, expected {expected} "
+                        f"after {seen} tokens: the state is damaged or of another base, start from None"
+                    )
 
     @property
     def memory_state(self) -> MemoryState:

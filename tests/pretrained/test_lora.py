@@ -14,7 +14,7 @@ from memlib.pretrained.lora import (
     unmerge_lora_weights,
 )
 from memlib.pretrained.targets import is_target, pattern_matches
-from tests.pretrained.models import FAMILIES, build, copy_weights, ids, logits, stir, with_peft
+from tests.pretrained.bases import FAMILIES, build, copy_weights, ids, logits, stir_lora, with_peft
 
 EVERY = (*FAMILIES, "memlib")
 TARGETS = ["q_proj", "v_proj"]
@@ -31,7 +31,7 @@ OPTIONS = {
 def adapted(family, peer, dtype=torch.float64, targets=TARGETS, **options):
     model = build(family, peer, dtype)
     apply_lora_to_model(model, targets, 4, 8, **options)
-    return stir(model)
+    return stir_lora(model)
 
 
 def gap(ours, theirs):
@@ -95,13 +95,13 @@ def test_outputs_and_gradients_are_those_of_peft(family, options, peer):
 
 
 def test_all_linear_means_the_same_layers_as_in_peft(peer):
-    assert gap(*both("Llama", peer, {}, targets="all-linear")) < 1e-12
+    assert gap(*both("llama", peer, {}, targets="all-linear")) < 1e-12
 
 
 @pytest.mark.parametrize("wrong", [lambda layer: layer.alpha, lambda layer: layer.alpha / layer.rank**0.5])
 def test_a_wrong_scale_differs_from_peft(wrong, peer):
     """Mutants: s = alpha, and rsLoRA's scale for plain LoRA."""
-    ours, theirs = both("Llama", peer, {})
+    ours, theirs = both("llama", peer, {})
     for layer in lora_layers(ours).values():
         layer.scaling = wrong(layer)
     assert gap(ours, theirs) > 1e-3
@@ -152,13 +152,13 @@ def test_only_lora_gets_gradients_and_a_step_changes_only_lora(family, peer):
 
 
 def test_the_base_can_be_trained_too(peer):
-    model = build("Llama", peer)
+    model = build("llama", peer)
     apply_lora_to_model(model, TARGETS, 4, 8, freeze_base=False)
     assert all(p.requires_grad for p in model.parameters())
 
 
 def test_dropout_acts_on_the_update_in_training_only(peer):
-    model = adapted("Llama", peer, dropout=0.5)
+    model = adapted("llama", peer, dropout=0.5)
     assert torch.equal(logits(model), logits(model))
     model.train()
     assert not torch.equal(logits(model), logits(model))
@@ -168,7 +168,7 @@ def test_dropout_acts_on_the_update_in_training_only(peer):
 
 
 def test_adapters_of_half_precision_models_are_float32_and_the_layer_casts(peer):
-    model = adapted("Llama", peer, torch.bfloat16)
+    model = adapted("llama", peer, torch.bfloat16)
     assert {p.dtype for p in get_lora_parameters(model)} == {torch.float32}
     layer, x = next(iter(lora_layers(model).values())), torch.randn(5, 16).bfloat16()
     wide = (layer.base_layer(x).float() + x.float() @ layer.delta().T).bfloat16()
@@ -181,7 +181,7 @@ def test_adapters_of_half_precision_models_are_float32_and_the_layer_casts(peer)
 def test_gradient_checkpointing_changes_no_gradient(peer):
     grads = []
     for checkpointing in (False, True):
-        model = adapted("Llama", peer).train()
+        model = adapted("llama", peer).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
             assert model.model.gradient_checkpointing
@@ -191,7 +191,7 @@ def test_gradient_checkpointing_changes_no_gradient(peer):
 
 
 def test_state_dict_keys_are_the_same_when_merged(peer):
-    model = adapted("Llama", peer)
+    model = adapted("llama", peer)
     keys = list(model.state_dict())
     name = "model.layers.0.self_attn.q_proj"
     assert {f"{name}.{part}.weight" for part in ("base_layer", "lora_A", "lora_B")} <= set(keys)
@@ -240,11 +240,11 @@ def test_an_unmerge_that_forgets_the_scale_is_caught(peer, monkeypatch):
         layer.merged = False
 
     monkeypatch.setattr(LoRALinear, "unmerge", unmerge)
-    assert round_trip(adapted("Llama", peer, torch.float32))[1] > 10
+    assert round_trip(adapted("llama", peer, torch.float32))[1] > 10
 
 
 def test_merging_twice_and_unmerging_twice_is_harmless(peer):
-    model = adapted("Llama", peer)
+    model = adapted("llama", peer)
     unmerge_lora_weights(model)
     base = weights(model)
     merge_lora_weights(model)
@@ -258,9 +258,9 @@ def test_merging_twice_and_unmerging_twice_is_harmless(peer):
 
 
 def test_a_tied_weight_is_not_merged(peer):
-    model = build("Llama", peer, tie_word_embeddings=True)
+    model = build("llama", peer, tie_word_embeddings=True)
     apply_lora_to_model(model, ["q_proj", "lm_head"], 4, 8)
-    stir(model)
+    stir_lora(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"embed_tokens.weight and lm_head.base_layer.weight are one tied"):
         merge_lora_weights(model)
@@ -270,7 +270,7 @@ def test_a_tied_weight_is_not_merged(peer):
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_code_that_reads_the_weight_sees_the_update(merged, peer):
-    model = adapted("Llama", peer)
+    model = adapted("llama", peer)
     layer, x = next(iter(lora_layers(model).values())), torch.randn(5, 16, dtype=torch.float64)
     expected = layer(x)
     if merged:
@@ -286,7 +286,7 @@ def test_removing_puts_the_original_modules_back(family, peer):
     model = build(family, peer)
     before, modules = logits(model), dict(model.named_modules())
     names = apply_lora_to_model(model, "all-linear", 4, 8)
-    stir(model)
+    stir_lora(model)
     assert remove_lora(model) == names
     after = dict(model.named_modules())
     assert list(after) == list(modules) and all(after[name] is modules[name] for name in modules)
@@ -294,7 +294,7 @@ def test_removing_puts_the_original_modules_back(family, peer):
 
 
 def test_removing_merged_layers_needs_a_word_on_the_updates(peer):
-    model = adapted("Llama", peer)
+    model = adapted("llama", peer)
     with pytest.raises(ValueError, match="q_proj, v_proj: not merged"):
         remove_lora(model, keep_merged=True)
     merge_lora_weights(model)
@@ -312,7 +312,7 @@ def test_a_layer_that_stands_in_two_places_is_adapted_once():
     model = torch.nn.ModuleDict({name: torch.nn.ModuleDict({"fc": shared}) for name in "ab"})
     assert apply_lora_to_model(model, ["fc"], 2, 4) == ["a.fc"]
     assert model["a"]["fc"] is model["b"]["fc"] and isinstance(model["a"]["fc"], LoRALinear)
-    stir(model)
+    stir_lora(model)
     merge_lora_weights(model)  # one layer, not two that are tied
     remove_lora(model, keep_merged=True)
     assert model["a"]["fc"] is model["b"]["fc"] is shared
@@ -334,7 +334,7 @@ def test_a_layer_that_stands_in_two_places_is_adapted_once():
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_changes(targets, options, message, peer):
-    model = build("Llama", peer)
+    model = build("llama", peer)
     modules = dict(model.named_modules())
     with pytest.raises(ValueError, match=message):
         apply_lora_to_model(model, targets, 4, 8, **options)
@@ -355,10 +355,10 @@ def test_conv1d_and_gates_are_refused_by_name(peer):
 
 
 def test_lora_on_lora_is_refused(peer):
-    model = adapted("Llama", peer)
+    model = adapted("llama", peer)
     with pytest.raises(ValueError, match="has LoRA already"):
         apply_lora_to_model(model, ["k_proj"], 4, 8)
-    other = build("Llama", peer)
+    other = build("llama", peer)
     with_peft(other, peer, target_modules=TARGETS)
     with pytest.raises(ValueError, match="has LoRA already"):
         apply_lora_to_model(other, ["k_proj"], 4, 8)

@@ -17,17 +17,17 @@ from memlib.pretrained.lora import (
     remove_lora,
 )
 from memlib.pretrained.peft_files import CONFIG, TENSORS, load_lora, save_lora
-from tests.pretrained.models import FAMILIES, build, ids, logits, stir, with_peft
+from tests.pretrained.bases import FAMILIES, build, ids, logits, stir_lora, with_peft
 from tests.pretrained.test_lora import OPTIONS, TARGETS
 
 EVERY = (*FAMILIES, "memlib")
 
 
-def saved(folder, peer, family="Llama", **options):
+def saved(folder, peer, family="llama", **options):
     """A model with LoRA, saved."""
     model = build(family, peer, torch.float32)
     apply_lora_to_model(model, TARGETS, 4, 8, **options)
-    save_lora(stir(model), folder)
+    save_lora(stir_lora(model), folder)
     return model
 
 
@@ -43,7 +43,7 @@ def parts(model):
 
 
 def refused(folder, message, peer, model=None):
-    model = model or build("Llama", peer, torch.float32)
+    model = model or build("llama", peer, torch.float32)
     modules, state, trainable = parts(model)
     with pytest.raises(ValueError, match=message):
         load_lora(model, folder)
@@ -108,18 +108,18 @@ def test_a_file_with_another_scale_is_caught(tmp_path, peer):
     """A mutant: the configuration says another alpha than the model that was saved."""
     model = saved(tmp_path, peer)
     change(tmp_path, lora_alpha=9)
-    other = peer("peft").PeftModel.from_pretrained(build("Llama", peer, torch.float32), tmp_path).eval()
+    other = peer("peft").PeftModel.from_pretrained(build("llama", peer, torch.float32), tmp_path).eval()
     assert float((logits(other) - logits(model)).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_files_keep_the_type_of_the_adapter(dtype, tmp_path, peer):
-    model = build("Llama", peer, dtype)
+    model = build("llama", peer, dtype)
     apply_lora_to_model(model, TARGETS, 4, 8)
-    save_lora(stir(model), tmp_path)
+    save_lora(stir_lora(model), tmp_path)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert {t.dtype for t in load_file(tmp_path / TENSORS).values()} == {wide}
-    other = build("Llama", peer, dtype)
+    other = build("llama", peer, dtype)
     load_lora(other, tmp_path)
     assert torch.equal(logits(other), logits(model))
 
@@ -145,7 +145,7 @@ def test_the_two_files_are_those_of_peft(tmp_path, peer):
 def test_trainer_of_transformers_trains_lora_which_is_saved_and_loaded(tmp_path, peer):
     hf = peer("transformers")
     peer("accelerate")
-    model = build("Llama", peer, torch.float32)
+    model = build("llama", peer, torch.float32)
     apply_lora_to_model(model, TARGETS, 4, 8, dropout=0.1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     data = [{"input_ids": row, "labels": row} for row in ids(4)]
@@ -163,7 +163,7 @@ def test_trainer_of_transformers_trains_lora_which_is_saved_and_loaded(tmp_path,
     # A has no gradient in the first step, as B is zero.
     assert moved == {n for n in before if ".lora_B." in n}
     save_lora(model, tmp_path / "adapter")
-    other = build("Llama", peer, torch.float32)
+    other = build("llama", peer, torch.float32)
     load_lora(other, tmp_path / "adapter")
     assert torch.equal(logits(other), logits(model.eval()))
 
@@ -212,7 +212,7 @@ def test_every_option_of_peft_is_read_refused_or_without_effect(peer):
 def test_an_option_of_a_later_peft_is_refused_if_it_is_on(tmp_path, peer):
     saved(tmp_path, peer)
     change(tmp_path, new_option=None)
-    load_lora(build("Llama", peer, torch.float32), tmp_path)
+    load_lora(build("llama", peer, torch.float32), tmp_path)
     change(tmp_path, new_option=1)
     refused(tmp_path, r"not new_option = 1 \(more than plain LoRA\)", peer)
 
@@ -220,7 +220,7 @@ def test_an_option_of_a_later_peft_is_refused_if_it_is_on(tmp_path, peer):
 def test_targets_and_patterns_without_a_layer_are_ignored_as_in_peft(tmp_path, peer):
     model = saved(tmp_path, peer)
     change(tmp_path, target_modules=["c_attn", *TARGETS], rank_pattern={"c_attn": 2}, alpha_pattern={"c": 1})
-    other = build("Llama", peer, torch.float32)
+    other = build("llama", peer, torch.float32)
     load_lora(other, tmp_path)
     assert torch.equal(logits(other), logits(model))
 
@@ -252,7 +252,7 @@ def test_other_models_other_methods_and_damaged_files_are_refused(tmp_path, peer
     refused(tmp_path, "has LoRA already", peer, model)
     remove_lora(model)
     refused(tmp_path, r"targets \['model\.layers\.0\..* match no layer", peer, build("memlib", peer))
-    bare = build("Llama", peer, torch.float32).model
+    bare = build("llama", peer, torch.float32).model
     change(tmp_path, target_modules=TARGETS)
     refused(tmp_path, r"not for this model; missing tensors: \['base_model\.model\.layers\.0", peer, bare)
     for wrong in ({"peft_type": "ADALORA"}, {"target_modules": None}):
@@ -299,6 +299,6 @@ def test_an_interrupted_save_never_mixes_two_adapters(fails_at, tmp_path, peer, 
 def test_the_scale_in_the_file_is_the_one_used(tmp_path, peer):
     model = saved(tmp_path, peer, use_rslora=True)
     assert {layer.scaling for layer in lora_layers(model).values()} == {8 / math.sqrt(4)}
-    other = build("Llama", peer, torch.float32)
+    other = build("llama", peer, torch.float32)
     load_lora(other, tmp_path)
     assert {layer.scaling for layer in lora_layers(other).values()} == {8 / math.sqrt(4)}
