@@ -37,7 +37,7 @@ from memlib.pretrained.teaching import (
 from memlib.pretrained.weights import load_base
 from memlib.tasks.facts import Fact, make_facts
 
-COUNT, STEPS = 100, 40
+COUNT, STEPS = 100, 32
 LAYER = 12
 TEXT_TOKENS, TEXT_ROWS = 256, 4
 
