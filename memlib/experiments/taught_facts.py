@@ -61,15 +61,15 @@ class Arm:
 
 
 ARMS = {
-    "facts": Arm({}, (0.1, 0.3, 1.0)),
-    "learned": Arm(LEARNED, (1e-3, 3e-3, 1e-2)),
-    "lora": Arm({**ONE_RANK, **NO_MEMORY}, (1e-3, 3e-3, 1e-2)),
+    "facts": Arm({}, (0.3, 1.0)),
+    "learned": Arm(LEARNED, (3e-3, 1e-2)),
+    "lora": Arm({**ONE_RANK, **NO_MEMORY}, (3e-3, 1e-2)),
     "both": Arm(
-        {**LEARNED, **ONE_RANK, "adapter.width": 16, "adapter.lora_targets": ["q_proj"]}, (1e-3, 3e-3, 1e-2)
+        {**LEARNED, **ONE_RANK, "adapter.width": 16, "adapter.lora_targets": ["q_proj"]}, (3e-3, 1e-2)
     ),
     "always_on": Arm({**LEARNED, "adapter.gate": "none"}, (3e-3,)),
     "lora_8x": Arm(
-        {**ONE_RANK, **NO_MEMORY, "adapter.lora_rank": 8, "adapter.lora_alpha": 16.0}, (5e-4, 1e-3, 2e-3)
+        {**ONE_RANK, **NO_MEMORY, "adapter.lora_rank": 8, "adapter.lora_alpha": 16.0}, (1e-3, 3e-3)
     ),
 }
 UNTRAINED = ("base", "prompt", "knn")

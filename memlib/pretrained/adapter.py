@@ -230,6 +230,7 @@ class MemoryAdapter(SavedModule):
         memory_state: MemoryState | None = None,
         past_key_values: MemoryCache | None = None,
         use_cache: bool | None = None,
+        logits_to_keep: int = 0,
     ) -> AdapterOutput:
         """input_ids: [b t] of any length; attention_mask: [b t], 0 for padding; labels: [b t], shifted here,
         -100 ignored.
@@ -237,7 +238,9 @@ class MemoryAdapter(SavedModule):
         memory_state goes on with a stream. use_cache (default: not in training) keeps the base's keys and
         values in the returned state; without them its memories go on and the base starts anew. With
         past_key_values, a `MemoryCache`, the call is one step of `generate`: the mask then covers the cached
-        tokens too. Raises ValueError where shapes, ids or the state do not fit.
+        tokens too. logits_to_keep: logits and loss of that many last tokens only; 0: of all.
+
+        Raises ValueError where shapes, ids or the state do not fit.
         """
         self.refuse_detached()
         if past_key_values is not None:
@@ -253,15 +256,19 @@ class MemoryAdapter(SavedModule):
             room = input_ids.shape[1] if full else self.segment_length - state.window.length
             part = slice(start, min(start + room, input_ids.shape[1]))
             new, state, more = self.step(
-                input_ids[:, part], None if mask is None else mask[:, part], state, keep
+                input_ids[:, part],
+                None if mask is None else mask[:, part],
+                state,
+                keep,
+                logits_to_keep if full else 0,
             )
             logits.append(new)
             losses += more
             start = part.stop
-        return self.output(torch.cat(logits, 1), labels, state, losses)
+        return self.output(torch.cat(logits, 1)[:, -logits_to_keep:], labels, state, losses)
 
     def step(
-        self, ids: Tensor, mask: Tensor | None, state: MemoryState, keep: bool
+        self, ids: Tensor, mask: Tensor | None, state: MemoryState, keep: bool, logits_to_keep: int = 0
     ) -> tuple[Tensor, MemoryState, Losses]:
         """One forward pass of the base over new tokens: logits [b n v], the state after them, and losses.
 
@@ -281,6 +288,7 @@ class MemoryAdapter(SavedModule):
             position_ids=passing.positions if padded else None,
             past_key_values=cache,
             use_cache=cache is not None,
+            logits_to_keep=logits_to_keep,
             **{PASS: passing},
         )
         if cache is not None and cache.get_seq_length() != passing.seen.shape[1]:
@@ -344,7 +352,8 @@ class MemoryAdapter(SavedModule):
         routers = mean_by_name(losses)
         loss = None
         if labels is not None:
-            loss = self.base.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+            kept = labels[:, -logits.shape[1] :]
+            loss = self.base.loss_function(logits=logits, labels=kept, vocab_size=logits.shape[-1])
             for extra in routers.values() if self.training else ():
                 loss = loss + extra
         return AdapterOutput(

@@ -47,10 +47,14 @@ class NearestNeighbourLM(nn.Module):
         self.store = Store(Shape(1, base.config.hidden_size, 1, capacity))
         self.stream, self.cursor = self.store.new_stream(), 0
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The base's logits [b t v] and what they are made of, at length 1 [b t d]."""
-        output = self.base(input_ids, attention_mask=attention_mask, output_hidden_states=True)
-        return output.logits, unit(output.hidden_states[-1].float())
+    def hidden(
+        self, input_ids: Tensor, attention_mask: Tensor | None, keep: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """The base's logits [b t v] and what they are made of, at length 1 [b t d], of `keep` last tokens."""
+        output = self.base(
+            input_ids, attention_mask=attention_mask, output_hidden_states=True, logits_to_keep=keep
+        )
+        return output.logits, unit(output.hidden_states[-1][:, -keep:].float())
 
     @torch.no_grad()
     def write(self, tokenizer: Any, pairs: Sequence[Pair]) -> None:
@@ -70,10 +74,14 @@ class NearestNeighbourLM(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
     ) -> CausalLMOutputWithPast:
         """As the base's; the logits are log p."""
-        logits, keys = self.hidden(input_ids, attention_mask)
+        logits, keys = self.hidden(input_ids, attention_mask, logits_to_keep)
         log_base = torch.log_softmax(logits.float(), -1)
         query = rearrange(keys, "b t d -> 1 (b t) d")
         hits = self.store.search(self.stream, self.cursor, query, self.top_k, keys=False)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from memlib.memory.facts import FactMemory
 from memlib.models.eval_mode import eval_mode
@@ -28,32 +29,38 @@ IGNORED = -100
 
 
 def batch_of(tokenizer: Any, pairs: Sequence[Pair]) -> dict[str, Tensor]:
-    """Prompts with their completions as one batch, padded on the right: input_ids, attention_mask, labels."""
+    """Prompts with their completions as one batch, padded on the left: input_ids, attention_mask, labels."""
     prompts = [tokenizer(prompt)["input_ids"] for prompt, _ in pairs]
     answers = [tokenizer(answer, add_special_tokens=False)["input_ids"] for _, answer in pairs]
     ids, mask = padded([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
-    starts = torch.tensor([len(prompt) for prompt in prompts])
-    place = torch.arange(ids.shape[1])
-    labels = ids.masked_fill((place < rearrange(starts, "b -> b 1")) | (mask == 0), IGNORED)
+    from_end = torch.arange(ids.shape[1]).flip(0)
+    lengths = torch.tensor([len(answer) for answer in answers])
+    labels = ids.masked_fill(from_end >= rearrange(lengths, "b -> b 1"), IGNORED)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Rows of ids as one tensor, zeros on the right, and which are real: [b t], [b t]."""
+    """Rows of ids as one tensor, zeros on the left, and which are real: [b t], [b t]."""
     lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(int(lengths.max())) < rearrange(lengths, "b -> b 1")
+    mask = torch.arange(int(lengths.max())).flip(0) < rearrange(lengths, "b -> b 1")
     ids = torch.zeros_like(mask, dtype=torch.int64)
     ids[mask] = torch.tensor([id_ for row in rows for id_ in row])
     return ids, mask.long()
 
 
+def completion_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Any]:
+    """Logits [b t v] of the last tokens, of which the completions are predicted; their labels [b t], shifted;
+    and the model's output."""
+    count = int((batch["labels"] != IGNORED).sum(1).max())
+    output = model(batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=count + 1)
+    return output.logits[:, :-1], batch["labels"][:, -count:], output
+
+
 def answer_logits(model: Any, tokenizer: Any, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     """The logits from which each completion's first token is predicted [n v], and that token [n]."""
-    batch = batch_of(tokenizer, pairs)
-    first = (batch["labels"] != IGNORED).int().argmax(1)
-    rows = torch.arange(len(pairs))
-    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return logits[rows, first - 1], batch["labels"][rows, first]
+    logits, labels, _ = completion_logits(model, batch_of(tokenizer, pairs))
+    rows, first = torch.arange(len(pairs)), (labels != IGNORED).int().argmax(1)
+    return logits[rows, first], labels[rows, first]
 
 
 @torch.inference_mode()
@@ -97,7 +104,9 @@ def teach(
         while len(order) < batch_size:
             order += torch.randperm(len(pairs), generator=generator).tolist()
         picked, order = order[:batch_size], order[batch_size:]
-        loss = model(**batch_of(tokenizer, [pairs[i] for i in picked])).loss
+        logits, labels, output = completion_logits(model, batch_of(tokenizer, [pairs[i] for i in picked]))
+        loss = F.cross_entropy(rearrange(logits, "b t v -> (b t) v"), rearrange(labels, "b t -> (b t)"))
+        loss = loss + sum((getattr(output, "router_losses", None) or {}).values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -136,7 +145,8 @@ def write_facts(adapter: Any, tokenizer: Any, facts: Sequence[tuple[Sequence[str
             seen.clear()
             adapter(ids, attention_mask=mask)
             pieces = len(seen) // len(memories)  # a prompt longer than a segment is read in pieces
-            rows, places = torch.arange(len(part)), torch.tensor([place for _, place in part])
+            rows = torch.arange(len(part))
+            places = torch.tensor([ids.shape[1] - len(row) + place for row, place in part])
             for i, many in enumerate(means):
                 many.append(torch.cat(seen[i * pieces : (i + 1) * pieces], 1)[rows, places])
     for memory in memories:
