@@ -1,7 +1,7 @@
 """Run every test and every notebook: `make test`. Arguments are pytest's.
 
-Two calls of pytest: the tests that compare timings run alone, then the rest runs in parallel. The last
-line counts both calls.
+Two calls of pytest, each in parallel: first the tests that compare timings, beside nothing but one another
+(they measure processor time, in turns), then the rest. The last line counts both calls.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NOTHING = pytest.ExitCode.NO_TESTS_COLLECTED
 # conftest.py says how many workers there are and which files start first.
 PARALLEL = ["-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"]
 NBVAL = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=600"]
-ALONE = ["tests/benchmarks"]
+TIMINGS = [*PARALLEL, "tests/benchmarks"]
 REST = [*PARALLEL, *NBVAL, "--ignore=tests/benchmarks", "tests", "notebooks"]
 
 
@@ -45,7 +45,7 @@ def worst(codes: list[int]) -> int:
 
 def main(arguments: list[str]) -> int:
     count, codes = Count(), []
-    for selected in (ALONE, REST):
+    for selected in (TIMINGS, REST):
         codes.append(int(pytest.main([*selected, *arguments], plugins=[count])))
         if codes[-1] in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.USAGE_ERROR):
             break

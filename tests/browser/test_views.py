@@ -330,6 +330,7 @@ def test_play_runs_to_the_end_and_stays_quiet_meanwhile(open_sheet, address):
     paused = figure.time
     figure.wait("f => f.dataset.playing === 'false'")
     assert figure.readout.startswith(f"step {paused + 1}:")
+    figure.press("End", *["ArrowLeft"] * 5)
     figure.locator.get_by_role("button", name="Play").click()
     figure.wait("f => Number(f.dataset.time) === 39 && f.dataset.playing === 'false'", 30)
 

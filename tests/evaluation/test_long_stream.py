@@ -19,7 +19,7 @@ from memlib.memory.internal import InternalMemory, SlotState
 
 DOCS = Path(__file__).parents[2] / "docs"
 STORED, DIARY = DOCS / "results" / "stream.json", DOCS / "diary.md"
-TOKENS, SHORT = 20_000, 6_000
+TOKENS = 6_000
 SIZES = {
     "internal": {"num_slots": 8},
     "ltm": {"num_slots": 16, "slot_dim": 8},
@@ -52,9 +52,9 @@ def test_what_is_held_stays_flat_and_a_saved_copy_goes_on_the_same(kinds):
     result = measure_stream(small(*kinds), "small", TOKENS, segments=4)
     assert stays(result) == []
     assert set(result.held) == {result.held[0]} and (result.held[0] > 0) == bool(kinds)
-    assert result.tokens == 20_224 and len(result.speed) == 10
+    assert result.tokens == 6_144 and len(result.speed) == 10
     _, (row,) = stream_table([result])
-    assert row[:3] == ["small", "20,224", "64"] and row[-1] == "equal logits"
+    assert row[:3] == ["small", "6,144", "64"] and row[-1] == "equal logits"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_what_is_held_stays_flat_and_a_saved_copy_goes_on_the_same(kinds):
 )
 def test_a_store_of_bounded_capacity_stays_flat(search, changes):
     config = override(small("external"), {f"memory.external.{name}": v for name, v in changes.items()})
-    result = measure_stream(config, "small", SHORT, 2, 4, search, INDEXES[search])
+    result = measure_stream(config, "small", TOKENS, 2, 4, search, INDEXES[search])
     assert stays(result) == []
     assert result.held[1] == max(result.held) and result.batch == 2
 
@@ -114,7 +114,7 @@ def test_mutants_are_reported(monkeypatch, mutant, said):
 
 def test_a_store_that_drops_nothing_is_reported(monkeypatch):
     monkeypatch.setattr(Store, "drop_gone", lambda self, stream: None)
-    complaints = stays(measure_stream(small("external"), "small", SHORT, 1, 4, "torch", INDEXES["torch"]))
+    complaints = stays(measure_stream(small("external"), "small", TOKENS, 1, 4, "torch", INDEXES["torch"]))
     assert "the state with its stores grew from" in complaints[0]
 
 
@@ -132,7 +132,7 @@ def test_a_copy_that_lost_a_row_is_reported(monkeypatch):
         return copy
 
     monkeypatch.setattr(Run, "reread", cut)
-    result = measure_stream(small("external"), "small", SHORT, 1, 4, "torch", INDEXES["torch"])
+    result = measure_stream(small("external"), "small", TOKENS, 1, 4, "torch", INDEXES["torch"])
     assert not result.resumed
 
 

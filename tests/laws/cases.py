@@ -38,6 +38,7 @@ class Case:
     memory: dict[str, Any]
     kinds: dict[str, dict[str, Any]]
     dtype: torch.dtype = torch.float64
+    layers: int = 3
 
     def __str__(self) -> str:
         return self.name
@@ -48,7 +49,7 @@ class Case:
             model=ModelConfig(
                 hidden_dim=16,
                 num_heads=2,
-                num_layers=3,
+                num_layers=self.layers,
                 intermediate_dim=24,
                 vocab_size=VOCAB,
                 segment_length=SEGMENT,
@@ -127,7 +128,15 @@ def pairs_of(pick: tuple[str, ...]) -> set[tuple[tuple[int, str], ...]]:
 
 
 def cases() -> list[Case]:
-    """The baseline; each memory in each variant, sharing and fusion; all memories in one model."""
+    """The baseline; each memory in each variant, sharing and fusion; all memories in one model.
+
+    Two layers, or three where the layers are not alike: one of two that share, or one without the memory.
+    """
+
+    def case(name: str, memory: dict[str, Any], kinds: dict[str, dict[str, Any]]) -> Case:
+        uneven = memory.get("memory_sharing") == "every_k_layers" or "memory_layer_custom" in memory
+        return Case(name, memory, kinds, layers=3 if uneven else 2)
+
     found = [BASELINE]
     for kind in MEMORIES:
         for i, options in enumerate(variants(kind)):
@@ -139,13 +148,13 @@ def cases() -> list[Case]:
                 around |= FUSIONS
             turn = list(around)[i % len(around)]
             picked = [name for name in around if every or name in ("per_layer", turn)]
-            found += [Case(f"{chosen}-{name}", around[name], kinds) for name in picked]
+            found += [case(f"{chosen}-{name}", around[name], kinds) for name in picked]
         gap = {"memory_layer_placement": "custom", "memory_layer_custom": [0, 2]}
-        found.append(Case(f"{kind}-layers_0_2", gap, {kind: variants(kind)[0]}))
+        found.append(case(f"{kind}-layers_0_2", gap, {kind: variants(kind)[0]}))
     if len(MEMORIES) > 1:
         together = {kind: variants(kind)[0] for kind in MEMORIES}
-        found += [Case(f"all-{s}", {"memory_sharing": s}, together) for s in SHARINGS]
-        found += [Case(f"all-{name}", fusion, together) for name, fusion in FUSIONS.items()]
+        found += [case(f"all-{s}", {"memory_sharing": s}, together) for s in SHARINGS]
+        found += [case(f"all-{name}", fusion, together) for name, fusion in FUSIONS.items()]
     return found
 
 
@@ -155,6 +164,11 @@ def in_float32(case: Case) -> Case:
 
 
 BASELINE = Case("baseline", {}, {})
+
+
+def without_memory(case: Case) -> Case:
+    """The baseline in a case's type and number of layers."""
+    return replace(BASELINE, dtype=case.dtype, layers=case.layers)
 
 
 def has_field(kind: str) -> bool:

@@ -27,7 +27,7 @@ from memlib.models import MemoryState, MemoryTransformer
 from memlib.tasks import Batch
 from memlib.training.trainer import Trainer
 
-from .cases import BASELINE, BATCH, SEGMENT, VOCAB, Case, carries, stir
+from .cases import BATCH, SEGMENT, VOCAB, Case, carries, stir, without_memory
 
 TIGHT = {torch.float64: 1e-10, torch.float32: 2e-5}
 EXACT = 0.0
@@ -520,4 +520,4 @@ def every_law(case: Case, feedings: Sequence[Feeding] = FEEDINGS) -> None:
     endless(case.build)
     model = case.build()
     model.close_memory()
-    off(model, BASELINE.fresh(), MANY)
+    off(model, without_memory(case).fresh(), MANY)

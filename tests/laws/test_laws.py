@@ -1,6 +1,7 @@
 """Every law, over every architecture the registry offers and every way to feed a stream."""
 
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from itertools import cycle
 
@@ -44,7 +45,6 @@ FLOAT32 = [in_float32(case) for case in PER_LAYER if len(case.kinds) == 1]
 WHOLE_BANK = Case(  # a memory that carries nothing from segment to segment
     "chapters-whole_bank", {}, {"chapters": small_options("chapters") | {"use_chapters": False}}
 )
-PLAIN = BASELINE.build()
 
 
 def every(name, values):
@@ -58,8 +58,13 @@ def make(case: Case):
 
 
 @cache
-def plain_in_float32():
-    return in_float32(BASELINE).build()
+def baseline(layers, dtype):
+    return replace(BASELINE, layers=layers, dtype=dtype).build()
+
+
+def plain(case: Case):
+    """The transformer that a case is without its memory, built once."""
+    return baseline(case.layers, case.dtype)
 
 
 @cache
@@ -117,19 +122,19 @@ def test_padding_leaves_no_trace(case: Case):
 
 @every("case", CASES)
 def test_vanilla_mode_is_the_plain_transformer(case: Case):
-    off(case.fresh(vanilla_mode=True), PLAIN, PIECES)
+    off(case.fresh(vanilla_mode=True), plain(case), PIECES)
 
 
 @every("feeding", FEEDINGS)
 @every("case", CASES)
 def test_a_closed_memory_is_the_plain_transformer(case: Case, feeding):
-    off(closed(case), PLAIN, feeding)
+    off(closed(case), plain(case), feeding)
 
 
 @every("feeding", FEEDINGS)
 @every("case", [case for case in CASES if case.memory.get("fusion") == "residual"])
 def test_a_residual_memory_starts_as_the_plain_transformer(case: Case, feeding):
-    off(begun(case), PLAIN, feeding)
+    off(begun(case), plain(case), feeding)
 
 
 @every("case", CASES)
@@ -152,12 +157,13 @@ def test_horizon_cuts_the_gradient_in_training(case: Case):
     horizon(Trainer, case)
 
 
-@every("feeding", FEEDINGS)
+@every("feeding", [feeding for feeding in FEEDINGS if feeding.name in ("padded", "token_by_token")])
 @every("case", FLOAT32)
 def test_the_laws_hold_in_float32(case: Case, feeding):
+    """With masks, and in the most pieces: how a stream is cut otherwise is not a matter of rounding."""
     for law in LAWS.values():
         law(make(case), feeding)
-    off(closed(case), plain_in_float32(), feeding)
+    off(closed(case), plain(case), feeding)
 
 
 @every("case", FLOAT32)

@@ -6,14 +6,15 @@ from memlib.config import load_config, override
 from memlib.evaluation import evaluate
 from memlib.training.trainer import Trainer
 
+from .early import train_until_learned
+
 CHANCE, TOLERANCE, EXAMPLES = 1 / 16, 0.03, 512
+FEW = 128  # examples of 32 segments, four questions each
 
 
 def trained(preset, seed=0, **changes):
-    config = override(load_config(preset), {"training.seed": seed, "training.eval_steps": 1000} | changes)
-    trainer = Trainer(config)
-    trainer.train(progress=False)
-    return trainer
+    config = override(load_config(preset), {"training.seed": seed} | changes)
+    return train_until_learned(Trainer(config))
 
 
 @pytest.mark.slow
@@ -23,7 +24,7 @@ def test_learned_importance_keeps_what_will_be_asked(seed):
     changes = {"memory.ltm.memory_compression_ratio": 0.25}
     trainer = trained("recall_ltm", seed, **changes)
     assert trainer.evaluate(segments=4).accuracy >= 0.95
-    assert trainer.evaluate(segments=32).accuracy >= 0.90
+    assert trainer.evaluate(FEW, segments=32).accuracy >= 0.90
     alone = evaluate(trainer.model, trainer.task, EXAMPLES, memory=False).accuracy
     assert abs(alone - CHANCE) <= TOLERANCE
 
@@ -42,7 +43,7 @@ def test_adaptive_slots_recall_when_every_token_is_written():
         "memory.ltm.num_slots": 64,
         "memory.ltm.memory_compression_ratio": 1.0,
     }
-    assert trained("recall_ltm", **changes).evaluate(segments=32).accuracy >= 0.95
+    assert trained("recall_ltm", **changes).evaluate(FEW, segments=32).accuracy >= 0.95
 
 
 @pytest.mark.slow
@@ -50,4 +51,4 @@ def test_the_ring_recalls_what_fits_and_nothing_older():
     """96 places are six segments of sixteen tokens."""
     trainer = trained("recall_ring")
     assert trainer.evaluate(segments=6).accuracy >= 0.95
-    assert abs(trainer.evaluate(segments=32).accuracy - CHANCE) <= TOLERANCE
+    assert abs(trainer.evaluate(2 * FEW, segments=32).accuracy - CHANCE) <= TOLERANCE

@@ -207,10 +207,11 @@ def test_documented_size():
 @pytest.mark.slow
 def test_it_learns_recall_and_its_control_does_not():
     from memlib import Trainer
+    from tests.learning.early import train_until_learned
 
     scores = {}
     for name in ("recall_hds", "recall_baseline"):
         trainer = Trainer(override(load_config(name), {"training.max_steps": 100}))
-        trainer.train(progress=False)
+        train_until_learned(trainer)
         scores[name] = trainer.evaluate(segments=4).accuracy
     assert scores["recall_hds"] > 0.95 and abs(scores["recall_baseline"] - 1 / 16) < 0.03

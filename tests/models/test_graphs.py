@@ -1,15 +1,18 @@
 """A segment's step as a graph: compiled in one piece, exported, and equal to the plain call.
 
-FAISS stores are the one exception: their search runs outside torch.
+FAISS stores are the one exception: their search runs outside torch. Each variant is traced with one layer;
+the baseline and all memories together, with two, show how layers are joined.
 """
 
 import pytest
 import torch
 from torch import nn
 
+from memlib.config import override
 from memlib.memory import MEMORIES
 from memlib.memory.layer import LayerInput
-from tests.laws.cases import BATCH, SEGMENT, VOCAB, cases
+from memlib.models import MemoryTransformer
+from tests.laws.cases import BATCH, SEGMENT, VOCAB, cases, stir
 
 VARIANTS = [case for case in cases() if case.name.endswith("per_layer") or not case.kinds]
 ALONE = [case for case in VARIANTS if len(case.kinds) == 1]
@@ -30,6 +33,11 @@ class Step(nn.Module):
         return self.model.step(ids, None, state)
 
 
+def build(case):
+    layers = 1 if len(case.kinds) == 1 else 2
+    return stir(MemoryTransformer(override(case.config(), {"model.num_layers": layers})).double().eval())
+
+
 def ids(tokens, seed=0):
     return torch.randint(VOCAB, (BATCH, tokens), generator=torch.Generator().manual_seed(seed))
 
@@ -45,7 +53,7 @@ def same(got, want):
 @pytest.mark.parametrize("case", VARIANTS, ids=str)
 @torch.no_grad()
 def test_a_steps_export_takes_and_gives_the_memory_state(case):
-    model = case.build()
+    model = build(case)
     state = model(ids(2 * SEGMENT)).memory_state
     exported = torch.export.export(Step(model), (ids(SEGMENT), state)).module()
     for seed in (1, 2):
@@ -58,7 +66,7 @@ def test_a_steps_export_takes_and_gives_the_memory_state(case):
 def test_a_block_compiles_in_one_piece_with_its_gradients(case):
     """Read and write of a complete segment, with padding, from a state that is not empty."""
     torch._dynamo.reset()
-    model, mask = case.build(), torch.ones(BATCH, SEGMENT, dtype=torch.bool)
+    model, mask = build(case), torch.ones(BATCH, SEGMENT, dtype=torch.bool)
     mask[1, -1], mask[2] = False, False
     state = model(ids(2 * SEGMENT)).memory_state.detach()
     block, none = model.block(0), state.window.keys[0]
@@ -89,6 +97,6 @@ def test_a_branch_on_a_tensors_values_is_caught():
         def forward(self, ids, state):
             return super().forward(ids if int(ids.min()) >= 0 else -ids, state)
 
-    model = VARIANTS[0].build()
+    model = build(VARIANTS[0])
     with pytest.raises(Exception, match="data-dependent"):
         torch.export.export(Branches(model), (ids(SEGMENT), model.init_state(BATCH)))
