@@ -68,6 +68,15 @@ _HOME = {
     "memlib.nn.mlp": ["MLP"],
     "memlib.nn.norm": ["RMSNorm"],
     "memlib.nn.rotary": ["RotaryPositionalEmbedding"],
+    "memlib.pretrained.adapter": ["MemoryAdapter"],
+    "memlib.pretrained.lora": [
+        "LoRALinear",
+        "apply_lora_to_model",
+        "get_lora_parameters",
+        "merge_lora_weights",
+        "unmerge_lora_weights",
+    ],
+    "memlib.pretrained.weights": ["load_base"],
     "memlib.tasks": ["TASKS", "make_task"],
     "memlib.training.checkpoint": ["load_checkpoint", "save_checkpoint", "set_seed"],
     "memlib.training.optimizer": ["get_cosine_schedule", "get_linear_schedule"],
@@ -93,7 +102,12 @@ __all__ = ["__version__", *sorted(_MODULE_OF)]
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'memlib' has no attribute {name!r}")
-    return getattr(import_module(_MODULE_OF[name]), name)
+    try:
+        return getattr(import_module(_MODULE_OF[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ImportError(f"memlib.{name} needs transformers: `make extras` installs it") from None
 
 
 def __dir__() -> list[str]:
