@@ -29,7 +29,7 @@ test test-fast notebooks: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test test-fast test-newest notebooks lint format types hooks doctor docs \
-	docs-check table lock lock-check env browser extras model image image-run image-test wheelhouse clean
+	docs-check table lock lock-check env browser extras evaluation model image image-run image-test wheelhouse clean
 
 help: ## List what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -106,6 +106,11 @@ extras: .venv/.locked-extras ## Add what pretrained models need, and the librari
 
 .venv/.locked-extras: $(ENV) environment/extras.txt
 	@bash environment/env.sh extras
+
+evaluation: .venv/.locked-evaluation ## Add lm-eval, for standard benchmarks of pretrained models
+
+.venv/.locked-evaluation: .venv/.locked-extras environment/evaluation.txt
+	@bash environment/env.sh evaluation
 
 model: extras ## Fetch SmolLM2-135M-Instruct (93 MB) into ~/.cache/memlib, or into MEMLIB_CACHE
 	$(BIN)/python -m memlib.pretrained.fetch

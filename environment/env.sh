@@ -3,7 +3,8 @@
 #   env.sh cpu|cuda [python]   the environment with that build of torch, and memlib itself
 #   env.sh browser             what the tests in a real browser need, Chromium too where apt may install it
 #   env.sh extras              what the pretrained extra adds to it
-# `make env`, `make browser` and `make extras` run this when a lock file has changed.
+#   env.sh evaluation          what the evaluation extra adds to that
+# `make env`, `make browser`, `make extras` and `make evaluation` run this when a lock file has changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
@@ -32,7 +33,7 @@ step() {
 # --no-deps and the hashes: nothing is installed that the lock does not name.
 install() {
     "$python" -m pip install --progress-bar off --no-compile --no-deps --require-hashes \
-        -r "environment/$1"
+        -r "environment/$1" "${@:2}"
 }
 
 # Left to pip this takes one core, left to the imports it slows each one down. What packages bring to
@@ -115,6 +116,15 @@ if [ "$1" = extras ]; then
     step "compile them" compile
     step "check that all fit together" "$python" -m pip check
     touch .venv/.locked-extras
+    exit
+fi
+
+if [ "$1" = evaluation ]; then
+    # Three of them come as source: the setuptools of base.txt builds them.
+    step "packages for standard benchmarks" install evaluation.txt --no-build-isolation
+    step "compile them" compile
+    step "check that all fit together" "$python" -m pip check
+    touch .venv/.locked-evaluation
     exit
 fi
 

@@ -15,13 +15,17 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PYPROJECT = HERE.parent / "pyproject.toml"
-FILES = BASE, CPU, CUDA, BROWSER, EXTRAS = (
+FILES = BASE, CPU, CUDA, BROWSER, EXTRAS, EVALUATION = (
     "base.txt",
     "torch-cpu.txt",
     "torch-cuda.txt",
     "browser.txt",
     "extras.txt",
+    "evaluation.txt",
 )
+# lm-eval needs these three, and their authors publish no wheels. pip builds them with the setuptools of
+# base.txt: each is one folder of Python.
+SOURCES = ("rouge-score", "sqlitedict", "word2number")
 HEAD = "# Written by environment/lock.py from pyproject.toml: change that, then `make lock`.\n"
 
 PLATFORMS = (
@@ -77,9 +81,12 @@ def resolve(extras: list[str], preferred: str) -> dict[str, str]:
 
 def write(upgrade: bool) -> None:
     """Resolve with and without what only some need, cut by name, write the files."""
-    kept = "".join(map(read, (BASE, CUDA, BROWSER, EXTRAS)))
-    full = resolve(["dev", "browser", "pretrained"], "" if upgrade else kept)
-    lean, browser = (resolve(["dev", *more], "".join(full.values())) for more in ([], ["browser"]))
+    kept = "".join(map(read, (BASE, CUDA, BROWSER, EXTRAS, EVALUATION)))
+    full = resolve(["dev", "browser", "pretrained", "evaluation"], "" if upgrade else kept)
+    lean, browser, pretrained = (
+        resolve(["dev", *more], "".join(full.values()))
+        for more in ([], ["browser"], ["browser", "pretrained"])
+    )
     version = PIN.match(full["torch"])[2]
     if version not in CPU_WHEELS:
         sys.exit(
@@ -96,7 +103,8 @@ def write(upgrade: bool) -> None:
         CPU: [f"--extra-index-url {CPU_INDEX}\n", on_linux, elsewhere, full["triton"]],
         CUDA: [full[name] for name in full if TORCH.match(name)],
         BROWSER: [full[name] for name in rest if name in browser and name not in lean],
-        EXTRAS: [full[name] for name in rest if name not in browser],
+        EXTRAS: [full[name] for name in rest if name in pretrained and name not in browser],
+        EVALUATION: [full[name] for name in rest if name not in pretrained],
     }.items():
         (HERE / file).write_text(HEAD + "".join(entries))
 
@@ -111,7 +119,8 @@ def install_on_paper() -> list[str]:
         command = [sys.executable, "-m", "uv", "pip", "install", "--dry-run", "--target=.venv"]
         command += [f"--python-version={python}", f"--python-platform={platform}"]
         command += ["--only-binary=:all:", "--no-deps", "--require-hashes"]
-        command += [f"--requirement={HERE / file}" for file in (BASE, CUDA, BROWSER, EXTRAS)]
+        command += [f"--no-binary={name}" for name in SOURCES]
+        command += [f"--requirement={HERE / file}" for file in (BASE, CUDA, BROWSER, EXTRAS, EVALUATION)]
         tried = subprocess.run(command, env=environ, capture_output=True, text=True)
         if tried.returncode:
             wrong.append(f"Python {python} on {platform}: {tried.stderr.strip()}")
@@ -137,6 +146,7 @@ def check() -> list[str]:
     needs = [(need, files) for need in base for files in ((BASE, CPU), (BASE, CUDA))]
     needs += [(need, (BASE, BROWSER)) for need in optional["browser"]]
     needs += [(need, (BASE, BROWSER, EXTRAS)) for need in optional["pretrained"]]
+    needs += [(need, (BASE, BROWSER, EXTRAS, EVALUATION)) for need in optional["evaluation"]]
     for need, files in needs:
         name, specifier = re.match(r"([\w.-]+)(?:\[.*?\])?\s*([^;]*)", need).groups()
         version = next((pins[f][name.lower()] for f in files if name.lower() in pins[f]), None)

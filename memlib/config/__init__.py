@@ -28,6 +28,7 @@ from memlib.config.files import (
 from memlib.config.memory import (
     ChaptersMemoryConfig,
     ExternalMemoryConfig,
+    FactsMemoryConfig,
     HdsMemoryConfig,
     IndexConfig,
     InternalMemoryConfig,
@@ -60,6 +61,7 @@ __all__ = [
     "CopyConfig",
     "DocumentsConfig",
     "ExternalMemoryConfig",
+    "FactsMemoryConfig",
     "IndexConfig",
     "InstructionsConfig",
     "HdsMemoryConfig",

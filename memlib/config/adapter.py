@@ -24,7 +24,9 @@ class AdapterConfig:
     use_memory_adapter: bool = option(True, "add the memories of memory.kinds")
     use_lora: bool = option(False, "add LoRA to the linear maps of lora_targets")
     use_both_memory_and_lora: bool = option(False, "add both, whatever the two fields above say")
-    width: int = option(64, "width w of a memory branch: hidden_dim of its memories", 1)
+    width: int | None = option(
+        64, "width w of a memory branch: hidden_dim of its memories; null: the base's, without projections", 1
+    )
     mode: Literal["full", "segment"] = option(
         "full",
         "full: the base attends to all tokens that it has seen, and its cache grows; segment: the base "

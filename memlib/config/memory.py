@@ -414,6 +414,29 @@ class ChaptersMemoryConfig(MemoryOptions):
 
 
 @dataclass(kw_only=True)
+class FactsMemoryConfig(MemoryOptions):
+    """Facts that are written by a call, not by the stream: subjects as keys, one learned value each.
+
+    Source: key-value editing of Meng et al. 2022, arXiv 2202.05262 and 2210.07229, as a memory beside the
+    weights; the null slot and the key over several tokens are ours (docs/diary.md).
+    """
+
+    num_facts: int = option(128, "facts that can be written", 1, small=5)
+    keys_per_fact: int = option(4, "keys of a fact: the subject in several sentences", 1, small=2)
+    window: int = option(5, "tokens whose mean is a key, up to and with the subject's last", 1, small=6)
+    sharpness: float = option(40.0, "factor of the cosine of query and key", 0.0, small=4.0)
+    threshold: float = option(0.55, "cosine at which a fact is read with weight 1/2", -1.0, 1.0, small=0.0)
+    shrinkage: float = option(0.03, "added to the covariance that whitens keys, as part of its mean", 0.0)
+    start: Literal["empty", "random"] = option(
+        "empty", "empty: nothing is read until facts are written; random: a control, random keys and values"
+    )
+
+    @property
+    def carries(self) -> bool:
+        return self.start == "random" and self.window > 1
+
+
+@dataclass(kw_only=True)
 class MemoryConfig:
     """Which memories a model has, in which layers, and how they are shared and fused."""
 
@@ -445,3 +468,4 @@ class MemoryConfig:
     ltm: LtmMemoryConfig = option(LtmMemoryConfig, "the LTM transformer's long-term memory")
     ring: RingMemoryConfig = option(RingMemoryConfig, "the prototype: a ring buffer and an LRU store")
     chapters: ChaptersMemoryConfig = option(ChaptersMemoryConfig, "learnable memory tokens in chapters")
+    facts: FactsMemoryConfig = option(FactsMemoryConfig, "facts written by a call")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from memlib.memory.base import Memory, State, axes
 from memlib.memory.chapters.memory import ChapterMemory
 from memlib.memory.external.memory import ExternalMemory
+from memlib.memory.facts import FactMemory
 from memlib.memory.hds import HdsMemory
 from memlib.memory.internal import InternalMemory
 from memlib.memory.ltm import LongTermMemory
@@ -21,12 +22,14 @@ MEMORIES: dict[str, type[Memory]] = {
     "ring": RingMemory,
     "external": ExternalMemory,
     "chapters": ChapterMemory,
+    "facts": FactMemory,
 }
 
 __all__ = [
     "MEMORIES",
     "ChapterMemory",
     "ExternalMemory",
+    "FactMemory",
     "HdsMemory",
     "InternalMemory",
     "LongTermMemory",

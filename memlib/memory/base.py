@@ -18,6 +18,7 @@ and what only some ask for, by an attribute of the class:
     uses_ids        read and write also get the token ids of the window (n-gram tables)
     uses_heads      write also gets the layer's own keys and values of the segment (Infini-attention)
     uses_logsumexp  mix also gets the log-sum-exp of the window's scores (`AttentionHeads`)
+    starts_silent   a new one reads zero by itself: an adapter's map after it need not start at zero
 
 A memory that brings tokens of its own into the window attends to them in `mix`, through the layer's own
 projections (`AttentionHeads.project`).
@@ -91,6 +92,7 @@ class Memory(nn.Module, ABC):
     uses_ids = False
     uses_heads = False
     uses_logsumexp = False
+    starts_silent = False
 
     def __init__(self, config: MemoryOptions, hidden_dim: int) -> None:
         super().__init__()

@@ -40,6 +40,12 @@ from memlib.ops.quantized import (
     quantized_read_reference,
 )
 from memlib.ops.rms_norm import rms_norm, rms_norm_reference
+from memlib.ops.rolling import (
+    newest_tokens,
+    newest_tokens_reference,
+    rolling_mean,
+    rolling_mean_reference,
+)
 from memlib.ops.rotary import rotate, rotate_reference
 from memlib.ops.rows import put_rows, put_rows_reference, take_rows, take_rows_reference
 from memlib.ops.search import (
@@ -88,6 +94,8 @@ __all__ = [
     "mix_reference",
     "nearest",
     "nearest_reference",
+    "newest_tokens",
+    "newest_tokens_reference",
     "put_rows",
     "put_rows_reference",
     "quantized_read",
@@ -95,6 +103,8 @@ __all__ = [
     "read_at",
     "rms_norm",
     "rms_norm_reference",
+    "rolling_mean",
+    "rolling_mean_reference",
     "rotate",
     "rotate_reference",
     "selected_scores",

@@ -117,7 +117,7 @@ class MemoryAdapter(SavedModule):
                 str(layer): MemoryBranch(
                     base.config.hidden_size,
                     options.width,
-                    {kind: MEMORIES[kind](getattr(config.memory, kind), options.width) for kind in here},
+                    {kind: MEMORIES[kind](getattr(config.memory, kind), self.width) for kind in here},
                     options.gate_init if options.gate == "token" else None,
                     options.gate_cost,
                     sizes[layer],
@@ -170,6 +170,11 @@ class MemoryAdapter(SavedModule):
         return self.config.model.segment_length
 
     @property
+    def width(self) -> int:
+        """hidden_dim of the memories."""
+        return self.config.model.hidden_dim
+
+    @property
     def device(self) -> torch.device:
         """Where ids and states belong."""
         return self.base.device
@@ -192,7 +197,7 @@ class MemoryAdapter(SavedModule):
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         none = torch.zeros(batch_size, heads, 0, width, dtype=self.base.dtype, device=device)
-        hidden = torch.zeros(batch_size, 0, self.config.adapter.width, dtype=self.wide, device=device)
+        hidden = torch.zeros(batch_size, 0, self.width, dtype=self.wide, device=device)
         nothing = torch.zeros(batch_size, 0, dtype=torch.bool, device=device)
         return AdapterWindow(
             keys=(none,) * self.config.model.num_layers,

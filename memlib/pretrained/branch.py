@@ -3,9 +3,11 @@
     h = norm(x W_down)                                   at width w
     x = x + s sum_i g_i(h) (read_i(h) W_up,i)            g = sigma(h W_g + b_g), per token
 
-W_up starts at zero, so that a new branch changes nothing. s is a constant of the layer, about the size of its
-residual stream: with x of size 20, an addition of size 1 would learn slowly. The branch computes in its own
-type, float32 also beside a base in bf16; it casts what it takes and what it adds.
+W_up starts at zero, so that a new branch changes nothing. A memory that `starts_silent` needs no such start:
+its W_up is random, or the identity where w is the base's own width (`width` None: no W_down either). s is a
+constant of the layer, about the size of its residual stream: with x of size 20, an addition of size 1 would
+learn slowly. The branch computes in its own type, float32 also beside a base in bf16; it casts what it takes
+and what it adds.
 
 `forward` walks the segments by itself: the base reads any number of tokens in one call, and the branch reads
 a piece and writes at each border. It is the only place where the branch's parameters are used.
@@ -50,19 +52,24 @@ class MemoryBranch(nn.Module):
     def __init__(
         self,
         hidden_dim: int,
-        width: int,
+        width: int | None,
         memories: Mapping[str, Memory],
         gate_init: float | None = 0.0,
         gate_cost: float = 0.0,
         scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.down_proj = Linear(hidden_dim, width)
-        self.norm = RMSNorm(width)
+        self.down_proj = nn.Identity() if width is None else Linear(hidden_dim, width)
+        self.norm = RMSNorm(width or hidden_dim)
         self.memories = LayerMemories(memories)
-        self.gate = None if gate_init is None else Gate(width, len(memories), gate_init)
+        self.gate = None if gate_init is None else Gate(width or hidden_dim, len(memories), gate_init)
         self.gate_cost = gate_cost
-        self.up_proj = nn.ModuleList(Linear(width, hidden_dim, scale=0.0) for _ in memories)
+        self.up_proj = nn.ModuleList(
+            nn.Identity()
+            if memory.starts_silent and width is None
+            else Linear(width or hidden_dim, hidden_dim, scale=float(memory.starts_silent))
+            for memory in memories.values()
+        )
         self.initial_scale = scale
         self.scale: Tensor
         self.register_buffer("scale", torch.empty(1))
@@ -76,7 +83,7 @@ class MemoryBranch(nn.Module):
         """residual: [b n d]; inputs: of the open segment and all new tokens, over as many segments as these
         are. `inputs.latest` is what the first border writes to: it differs from `inputs.states` where an
         earlier layer of the same segment has written to a shared state."""
-        stream = self.norm(self.down_proj(residual.to(self.down_proj.weight.dtype)))
+        stream = self.norm(self.down_proj(residual.to(self.norm.weight.dtype)))
         states, latest = inputs.states, inputs.latest or inputs.states
         hidden, past = inputs.hidden.to(stream.dtype), inputs.hidden.shape[1]
         reads: list[list[Tensor]] = []
@@ -118,6 +125,5 @@ class MemoryBranch(nn.Module):
 
     @torch.no_grad()
     def close(self) -> None:
-        """Shut the memories out: exactly the base until W_up is trained."""
-        for weight in self.up_proj.parameters():
-            weight.zero_()
+        """Shut the memories out for good: exactly the base."""
+        self.scale.zero_()

@@ -38,7 +38,7 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
 def check_model(folder: Path, checksums: bool = False) -> dict[str, Any]:
     """Compare a cached model with its manifest; returns the manifest.
 
-    Sizes are compared always, checksums only on request: reading 540 MB takes about a second.
+    Sizes are compared always, checksums only on request: 540 MB take about half a second.
 
     Raises WeightsError for a folder, manifest or file that is missing or damaged.
     """

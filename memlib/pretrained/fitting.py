@@ -61,7 +61,7 @@ def resolve(config: Config, base: Any, num_layers: int) -> Config:
                 "set memory.memory_sharing: per_layer or adapter.mode: segment"
             )
     sizes = {
-        "model.hidden_dim": options.width,
+        "model.hidden_dim": options.width or base.config.hidden_size,
         "model.num_heads": 1,
         "model.num_layers": num_layers,
         "model.vocab_size": base.get_input_embeddings().num_embeddings,

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 
 from memlib.pretrained.cache import WeightsError, check_model, model_folder
 from memlib.pretrained.extras import extra, without_progress_bars
@@ -44,7 +43,9 @@ def load_base(
                 folder, dtype=dtype, use_safetensors=True, **options
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # tokenizers and safetensors raise types of their own
         raise WeightsError(
             f"{name!r}: {folder} does not hold a model that transformers can read, with its tokenizer and "
             f"with weights in safetensors; repair or replace the folder ({error})"

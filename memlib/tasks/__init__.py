@@ -1,5 +1,7 @@
 """Tasks for training and evaluation: generated tasks with known chance levels, and real text.
 
+`Instructions` and `packed` yield conversations and documents in a pretrained model's tokens.
+
 To add a task: a file here with a `Task` subclass, a dataclass of options, a field of `TaskConfig` with the
 task's name, and a line in `TASKS`.
 """
@@ -11,7 +13,9 @@ from collections.abc import Callable
 from memlib.config import TaskConfig
 from memlib.tasks.base import Batch, Task
 from memlib.tasks.copy import Copy
+from memlib.tasks.instructions import Instructions
 from memlib.tasks.mixed import Mixed
+from memlib.tasks.packing import packed
 from memlib.tasks.passkey import Passkey, passkey_grid
 from memlib.tasks.qa import Qa
 from memlib.tasks.recall import Recall
@@ -32,6 +36,7 @@ __all__ = [
     "TASKS",
     "Batch",
     "Copy",
+    "Instructions",
     "Mixed",
     "Passkey",
     "Qa",
@@ -40,6 +45,7 @@ __all__ = [
     "Text",
     "Topics",
     "make_task",
+    "packed",
     "passkey_grid",
 ]
 

@@ -178,7 +178,7 @@ def encode_by_prefix(
     text = render(tokenizer, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, learned = encoded["input_ids"], [False] * len(encoded["input_ids"])
-    covered = cover(encoded["offset_mapping"])
+    offsets = encoded["offset_mapping"]
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -192,7 +192,7 @@ def encode_by_prefix(
                 "cannot be told from it; mark them with {% generation %} … {% endgeneration %} in "
                 "tokenizer.chat_template, or use conversations of one turn"
             )
-        span = [j for j, (a, z) in enumerate(covered) if a < len(until) and z > len(before)]
+        span = [j for j, (a, z) in enumerate(offsets) if a < len(until) and z > len(before)]
         for j in without_trailing_space(span, ids, tokenizer):
             learned[j] = True
     return ids, learned
@@ -221,15 +221,6 @@ def refusals(messages: Sequence[Message]) -> Iterator[None]:
         raise ValueError(
             f"the chat template refuses {shortened(messages)}: {error}; repair the data or the template"
         ) from error
-
-
-def cover(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Extend the offsets of tokens so that they cover all characters: some tokenizers leave out spaces."""
-    covered, end = [], 0
-    for a, z in offsets:
-        covered.append((min(a, end), max(z, end)))
-        end = covered[-1][1]
-    return covered
 
 
 def without_trailing_space(

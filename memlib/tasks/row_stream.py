@@ -69,7 +69,6 @@ class RowStream(Iterator[Row]):
         """Open a block of an epoch; source: where it begins in a stream, None at the epoch's beginning."""
         self.epoch = epoch
         if self.config.streaming:
-            self.data.set_epoch(epoch)
             self.data.load_state_dict(source)
             self.reader = iter(self.data)
         self._open_block(block, source)

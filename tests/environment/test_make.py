@@ -122,6 +122,7 @@ def test_the_lock_satisfies_pyproject() -> None:
         ("torch-cpu.txt", r"3fbf9c9d1f3c", "000000000000", "torch's CPU build for Python 3.13"),
         ("torch-cuda.txt", r"^torch==[^ ]+", "torch==2.14.0", "torch==2.14.0 is not >=2.13,<2.14"),
         ("extras.txt", r"^peft==.*\\\n( +--hash.*\n)+", "", "no pin for peft"),
+        ("evaluation.txt", r"^lm-eval==.*\\\n( +--hash.*\n)+", "", "no pin for lm-eval"),
         ("base.txt", r"\A", "--index-url https://example.org/simple\n", "--index-url"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -86,22 +87,55 @@ def test_another_type_is_a_rounding_of_it(smollm2):
         assert torch.equal(ours, theirs.bfloat16())
 
 
-def test_a_saved_model_is_loaded_from_its_folder(tmp_path, smollm2, no_network):
-    """As a user's own fine-tuned model is: no manifest there."""
-    transformers = pytest.importorskip("transformers")
-    _, tokenizer = smollm2
+@pytest.fixture
+def small(tmp_path, peer):
+    """A Llama of one layer and a tokenizer of two words, saved to a folder as a user's own model is."""
+    transformers = peer("transformers")
+    from tokenizers import Tokenizer, models
+
     config = transformers.LlamaConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=49152
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=2
     )
-    made = transformers.LlamaForCausalLM(config)
-    made.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    model, again = load_base(str(tmp_path))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), made.parameters(), strict=True))
-    assert again.get_chat_template() == tokenizer.get_chat_template()
-    (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "small")
+    words = Tokenizer(models.WordLevel({"yes": 0, "no": 1}, unk_token="no"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "small")
+    return tmp_path / "small", model
+
+
+def check_small(name, model):
+    found, tokenizer = load_base(name)
+    assert not found.training and tokenizer("yes").input_ids == [0]
+    for ours, theirs in zip(found.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_saved_model_is_loaded_from_its_folder(small, no_network):
+    folder, model = small
+    check_small(str(folder), model)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_damaged_file_of_a_folder_is_an_error_with_its_remedy(small, name):
+    folder, _ = small
+    (folder / name).write_bytes(b"{" * 100)
     with pytest.raises(WeightsError, match=r"does not hold a model .* repair or replace the folder"):
-        load_base(str(tmp_path))
+        load_base(str(folder))
+
+
+def test_a_hub_model_is_loaded_from_the_local_cache(small, no_network, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    folder, model = small
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--memlib--small"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+    check_small("memlib/small", model)
+    (repository / "snapshots" / ("0" * 40) / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"does not hold a model"):
+        load_base("memlib/small")
 
 
 def test_no_cache_is_an_error_with_its_remedy(tmp_path, monkeypatch):

@@ -53,9 +53,12 @@ def test_an_epoch_yields_every_row_once_in_another_order(path, options):
 
 def test_a_block_of_a_stream_is_shuffled_in_itself(path):
     rows = list(RowStream(SourceConfig(dataset=str(path), streaming=True, block=5), "data", epochs=1))
+    orders = set()
     for start in range(0, 23, 5):
         block = [row["id"] for row in rows[start : start + 5]]
         assert sorted(block) == list(range(start, min(start + 5, 23)))
+        orders.add(tuple(number - start for number in block))
+    assert len(orders) == 5, "each block has an order of its own"
 
 
 @pytest.mark.parametrize("options", MODES)

@@ -42,9 +42,9 @@ from memlib.memory.chapters.routers import (
     Losses,
     RouterLossOptions,
     masked_mean,
-    rolling_mean,
 )
 from memlib.nn.hook_point import HookPoint
+from memlib.ops import newest_tokens, rolling_mean
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class ChapterMemory(Memory):
             return state
         tokens = hidden.to(state.recent.dtype)
         known = torch.cat((state.mask, mask), 1)
-        recent, known = newest(torch.cat((state.recent, tokens), 1), known, self.window)
+        recent, known = newest_tokens(torch.cat((state.recent, tokens), 1), known, self.window)
         return ChapterState(masked_mean(tokens, mask), state.seen | mask.any(1), recent, known)
 
     def losses(self, hidden: Tensor, state: State, mask: Tensor) -> Losses:
@@ -246,13 +246,3 @@ def make_router(config: ChaptersMemoryConfig, hidden_dim: int) -> ChapterRouter:
         config.z_loss_coefficient,
     )
     return ChapterRouter(hidden_dim, config.num_chapters, config.top_k_chapters, losses)
-
-
-def newest(tokens: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The last `count` real tokens in order, zeros before them: [b n d] -> [b w d], [b w]."""
-    missing = max(0, count - tokens.shape[1])
-    tokens, mask = F.pad(tokens, (0, 0, missing, 0)), F.pad(mask, (missing, 0), value=False)
-    order = mask.long().argsort(dim=1, stable=True)[:, mask.shape[1] - count :]
-    there = mask.gather(1, order)
-    picked = tokens.gather(1, repeat(order, "b w -> b w d", d=tokens.shape[-1]))
-    return picked * rearrange(there, "b w -> b w 1"), there

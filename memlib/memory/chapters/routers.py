@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlib.nn.linear import Linear
+from memlib.ops import rolling_mean
 
 Losses = dict[str, Tensor]
 
@@ -209,20 +210,6 @@ def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
     weight = mask.to(hidden.dtype)
     total = reduce(hidden * rearrange(weight, "b n -> b n 1"), "b n d -> b d", "sum")
     return total / rearrange(weight.sum(1).clamp(min=1), "b -> b 1")
-
-
-def rolling_mean(hidden: Tensor, mask: Tensor, window: int, newest: int | None = None) -> Tensor:
-    """The mean of the last `window` valid tokens up to each token: [b n d], [b n] -> [b n d].
-
-    newest: compute it for this many last tokens only.
-    """
-    first = hidden.shape[1] - (hidden.shape[1] if newest is None else newest)
-    number = mask.cumsum(1)
-    now, then = rearrange(number[:, first:], "b n -> b n 1"), rearrange(number, "b m -> b 1 m")
-    near = (rearrange(mask, "b m -> b 1 m") & (then > now - window)).tril(first)
-    weight = near.to(hidden.dtype)
-    total = einsum(weight, hidden, "b n m, b m d -> b n d")
-    return total / weight.sum(-1, keepdim=True).clamp(min=1)
 
 
 def real(hidden: Tensor, mask: Tensor | None) -> Tensor:

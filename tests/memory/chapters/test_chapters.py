@@ -7,8 +7,9 @@ from memlib import MemoryTransformer, count_parameters, record
 from memlib.config import ChaptersMemoryConfig, Config, ConfigError, override
 from memlib.lab.measures import chapter_loads
 from memlib.memory import MEMORIES, ChapterMemory
-from memlib.memory.chapters.memory import ChapterState, newest
-from memlib.memory.chapters.routers import rolling_mean, router_losses
+from memlib.memory.chapters.memory import ChapterState
+from memlib.memory.chapters.routers import router_losses
+from memlib.ops import newest_tokens, rolling_mean
 from tests.laws import laws
 from tests.laws.cases import Case, small_options
 
@@ -149,7 +150,7 @@ def test_only_the_chosen_chapters_are_touched():
 def test_the_newest_tokens_are_kept_in_order(count):
     tokens = random(B, N, D)
     mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 1]]).bool()
-    kept, there = newest(tokens, mask, count)
+    kept, there = newest_tokens(tokens, mask, count)
     for b in range(B):
         want = [tokens[b, n] for n in range(N) if mask[b, n]][max(0, int(mask[b].sum()) - count) :]
         missing = count - len(want)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from .base import Reference
 from .chapters import ChaptersReference
 from .external import ExternalReference
+from .facts import FactsReference
 from .hds import HdsReference
 from .internal import InternalReference
 from .ltm import LtmReference
@@ -21,6 +22,7 @@ REFERENCES: dict[str, type[Reference]] = {
     "ring": RingReference,
     "external": ExternalReference,
     "chapters": ChaptersReference,
+    "facts": FactsReference,
 }
 
 __all__ = ["REFERENCES", "Reference"]

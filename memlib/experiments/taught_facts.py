@@ -1,0 +1,298 @@
+"""Teach facts to a pretrained model in several ways, and measure what each way costs and breaks.
+
+Every arm sees the same prompts. The trained arms take the same number of steps of the same batches, and each
+tries as many learning rates; the best by recall of the taught prompts (then by unrelated loss) is run with
+more seeds. All but `lora_8x` train about as many numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import pydoc_data.topics
+import random
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from memlib.config import Config, load_config, override
+from memlib.files import write_text
+from memlib.pretrained.adapter import MemoryAdapter
+from memlib.pretrained.knn import NearestNeighbourLM
+from memlib.pretrained.teaching import (
+    Pair,
+    answer_logits,
+    fact_memories,
+    recalled,
+    teach,
+    write_facts,
+)
+from memlib.pretrained.weights import load_base
+from memlib.tasks.facts import Fact, make_facts
+
+COUNT, STEPS = 100, 32
+LAYER = 12
+TEXT_TOKENS, TEXT_ROWS = 256, 4
+
+LEARNED = {
+    "memory.kinds": ["chapters"],
+    "memory.chapters.use_chapters": False,
+    "memory.chapters.num_memory_tokens": 128,
+    "adapter.width": 40,
+    "adapter.gate": "token",
+}
+ONE_RANK = {"adapter.use_lora": True, "adapter.lora_rank": 1, "adapter.lora_alpha": 2.0}
+NO_MEMORY = {"adapter.use_memory_adapter": False}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to teach: changes of the preset `adapter_smollm2`, and the learning rates to try."""
+
+    changes: dict[str, Any]
+    rates: tuple[float, ...]
+
+
+ARMS = {
+    "facts": Arm({}, (0.1, 0.3, 1.0)),
+    "learned": Arm(LEARNED, (1e-3, 3e-3, 1e-2)),
+    "lora": Arm({**ONE_RANK, **NO_MEMORY}, (1e-3, 3e-3, 1e-2)),
+    "both": Arm(
+        {**LEARNED, **ONE_RANK, "adapter.width": 16, "adapter.lora_targets": ["q_proj"]}, (1e-3, 3e-3, 1e-2)
+    ),
+    "always_on": Arm({**LEARNED, "adapter.gate": "none"}, (3e-3,)),
+    "lora_8x": Arm(
+        {**ONE_RANK, **NO_MEMORY, "adapter.lora_rank": 8, "adapter.lora_alpha": 16.0}, (5e-4, 1e-3, 2e-3)
+    ),
+}
+UNTRAINED = ("base", "prompt", "knn")
+
+
+def configured(arm: str) -> Config:
+    """The configuration of a trained arm."""
+    return override(load_config("adapter_smollm2"), ARMS[arm].changes)
+
+
+def taught_pairs(facts: list[Fact]) -> list[Pair]:
+    return [(prompt, fact.completion) for fact in facts for prompt in fact.prompts()]
+
+
+def unseen_pairs(facts: list[Fact]) -> list[Pair]:
+    return [(prompt, fact.completion) for fact in facts for prompt in fact.prompts(unseen=True)]
+
+
+def texts() -> dict[str, str]:
+    """Text that has nothing to do with the facts, on every machine with Python: prose and code."""
+    topics = itertools.islice(pydoc_data.topics.topics.values(), 5, 25)
+    return {"prose": " ".join(topics)[3000:], "code": inspect.getsource(textwrap)}
+
+
+@torch.inference_mode()
+def unrelated_loss(model: Any, tokenizer: Any, text: str) -> float:
+    """Mean loss per token on rows of a text."""
+    ids = torch.tensor(tokenizer(text)["input_ids"][: TEXT_ROWS * TEXT_TOKENS]).view(TEXT_ROWS, TEXT_TOKENS)
+    return float(model(ids, labels=ids).loss)
+
+
+@torch.inference_mode()
+def strangers(model: Any, base: Any, tokenizer: Any, facts: list[Fact]) -> float:
+    """Of prompts about people who were not taught, the share that the base answers alike: 1 is untouched."""
+    known = {fact.subject for fact in facts}
+    others = [fact for fact in make_facts(832, 1) if fact.subject not in known][:100]
+    pairs = [(fact.prompts()[i % 4], fact.completion) for i, fact in enumerate(others)]
+    mine, _ = answer_logits(model, tokenizer, pairs)
+    theirs, _ = answer_logits(base, tokenizer, pairs)
+    return float((mine.argmax(-1) == theirs.argmax(-1)).float().mean())
+
+
+def measure(model: Any, base: Any, tokenizer: Any, facts: list[Fact]) -> dict[str, float]:
+    """Recall on taught and unseen prompts, loss on unrelated text, and what happened to strangers."""
+    taught = recalled(model, tokenizer, taught_pairs(facts))
+    unseen = recalled(model, tokenizer, unseen_pairs(facts))
+    losses = {name: unrelated_loss(model, tokenizer, text) for name, text in texts().items()}
+    return {
+        "taught": sum(taught) / len(taught),
+        "unseen": sum(unseen) / len(unseen),
+        **losses,
+        "strangers": strangers(model, base, tokenizer, facts),
+    }
+
+
+@dataclass
+class Taught:
+    """A taught adapter; places: of its facts in a fact memory, None for the other arms."""
+
+    adapter: MemoryAdapter
+    parameters: list[nn.Parameter]
+    places: torch.Tensor | None
+
+
+def teach_arm(arm: str, base: Any, tokenizer: Any, facts: list[Fact], rate: float, seed: int) -> Taught:
+    """Build an arm's adapter around the base and teach it; `adapter.detach()` gives the base back."""
+    torch.manual_seed(seed)
+    adapter = MemoryAdapter(configured(arm), base)
+    parameters, places = [p for p in adapter.parameters() if p.requires_grad], None
+    if arm == "facts":
+        places = write_facts(adapter, tokenizer, [(fact.prompts(), fact.subject) for fact in facts])
+        parameters = [memory.values for memory in fact_memories(adapter)]
+    teach(adapter, parameters, tokenizer, taught_pairs(facts), STEPS, rate, seed=seed)
+    return Taught(adapter, parameters, places)
+
+
+def run_arm(arm: str, base: Any, tokenizer: Any, rate: float, seed: int) -> dict[str, Any]:
+    """One run of a trained arm, measured."""
+    facts = make_facts(COUNT, seed)
+    start = time.process_time()
+    taught = teach_arm(arm, base, tokenizer, facts, rate, seed)
+    seconds = time.process_time() - start
+    result = {
+        "arm": arm,
+        "rate": rate,
+        "seed": seed,
+        "steps": STEPS,
+        "parameters": sum(p.numel() for p in taught.parameters),
+        "bytes": sum(t.numel() * t.element_size() for _, t in taught.adapter.added()),
+        "cpu_seconds": round(seconds, 1),
+    }
+    alone = load_base(str(taught.adapter.config.adapter.base_model_name))[0]
+    result |= measure(taught.adapter, alone, tokenizer, facts)
+    taught.adapter.detach()
+    return result
+
+
+def run_untrained(arm: str, base: Any, tokenizer: Any, seed: int) -> dict[str, Any]:
+    """The base alone, with the fact in the prompt, or beside a kNN store."""
+    facts = make_facts(COUNT, seed)
+    start = time.process_time()
+    model: Any = base
+    result: dict[str, Any] = {"arm": arm, "seed": seed, "parameters": 0, "bytes": 0}
+    if arm == "knn":
+        model = NearestNeighbourLM(base)
+        model.write(tokenizer, taught_pairs(facts))
+        result["bytes"] = model.store.nbytes
+    result["cpu_seconds"] = round(time.process_time() - start, 1)
+    result |= measure(model, base, tokenizer, facts)
+    if arm == "prompt":
+        for name, make in (("taught", taught_pairs), ("unseen", unseen_pairs)):
+            pairs = [(f"{fact.statement} {prompt}", a) for fact in facts for prompt, a in make([fact])]
+            found = recalled(model, tokenizer, pairs)
+            result[name] = sum(found) / len(found)
+    return result
+
+
+def best_rate(results: list[dict[str, Any]], arm: str) -> float:
+    """The rate with the best recall of taught prompts; within 0.01 of it, the lowest unrelated loss."""
+    tried = [r for r in results if r["arm"] == arm and r["seed"] == 0]
+    top = max(r["taught"] for r in tried)
+    good = [r for r in tried if r["taught"] >= top - 0.01]
+    return min(good, key=lambda r: r["prose"] + r["code"])["rate"]
+
+
+def run_all(
+    path: str | Path,
+    arms: Sequence[str] = (*ARMS, *UNTRAINED),
+    seeds: int = 3,
+    log: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """All runs, in a file of results that is continued where it stops."""
+    base, tokenizer = load_base("smollm2-135m-instruct")
+    path = Path(path)
+    results: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+
+    def run(arm: str, rate: float | None, seed: int) -> None:
+        if any((r["arm"], r.get("rate"), r["seed"]) == (arm, rate, seed) for r in results):
+            return
+        if rate is None:
+            results.append(run_untrained(arm, base, tokenizer, seed))
+        else:
+            results.append(run_arm(arm, base, tokenizer, rate, seed))
+        write_text(path, json.dumps(results, indent=1) + "\n")
+        log(json.dumps(results[-1]))
+
+    trained = [arm for arm in ARMS if arm in arms]
+    for arm in trained:
+        for rate in ARMS[arm].rates:
+            run(arm, rate, 0)
+    for seed in range(seeds):
+        for arm in UNTRAINED:
+            if arm in arms:
+                run(arm, None, seed)
+        for arm in trained:
+            run(arm, best_rate(results, arm), seed)
+    return results
+
+
+def edit(path: str | Path, arm: str, count: int = 20, steps: int = 20) -> dict[str, Any]:
+    """Teach, then replace some facts and delete others: what do the rest lose?
+
+    Facts: the memory's values of the replaced are trained anew, the deleted are forgotten by one call. LoRA:
+    the replaced are trained with their new answers, the deleted towards what the base would have said.
+    """
+    base, tokenizer = load_base("smollm2-135m-instruct")
+    results = json.loads(Path(path).read_text())
+    rate, facts = best_rate(results, arm), make_facts(COUNT, 0)
+    taught = teach_arm(arm, base, tokenizer, facts, rate, 0)
+    draw = random.Random(0)
+    chosen = draw.sample(range(COUNT), 2 * count)
+    replaced, deleted = chosen[:count], chosen[count:]
+    kept = [fact for i, fact in enumerate(facts) if i not in chosen]
+    new = [Fact(facts[i].subject, facts[i].relation, other_answer(facts[i], draw)) for i in replaced]
+    old, gone = [facts[i] for i in replaced], [facts[i] for i in deleted]
+    report: dict[str, Any] = {"arm": arm, "rate": rate, "before": share(taught, tokenizer, kept)}
+    start = time.process_time()
+    alone = load_base("smollm2-135m-instruct")[0]
+    if taught.places is None:
+        first = [(prompt, said(alone, tokenizer, prompt)) for fact in gone for prompt in fact.prompts()]
+        teach(taught.adapter, taught.parameters, tokenizer, taught_pairs(new) + first, steps, rate / 2)
+    else:
+        memories = fact_memories(taught.adapter)
+        for memory in memories:
+            memory.forget_facts(taught.places[deleted])
+        before = [memory.values.detach().clone() for memory in memories]
+        teach(taught.adapter, taught.parameters, tokenizer, taught_pairs(new), steps, rate)
+        with torch.no_grad():  # Adam moves only rows with a gradient; the others are put back exactly
+            untouched = torch.ones(COUNT, dtype=torch.bool)
+            untouched[taught.places[replaced]] = False
+            for memory, values in zip(memories, before, strict=True):
+                memory.values[: len(untouched)][untouched] = values[: len(untouched)][untouched]
+    report |= {
+        "cpu_seconds": round(time.process_time() - start, 1),
+        "kept": share(taught, tokenizer, kept),
+        "replaced": share(taught, tokenizer, new),
+        "replaced_old": share(taught, tokenizer, old),
+        "deleted": share(taught, tokenizer, gone),
+    }
+    taught.adapter.detach()
+    return report
+
+
+def share(taught: Taught, tokenizer: Any, facts: list[Fact]) -> dict[str, float]:
+    """Recall of some facts in taught and unseen phrasings."""
+    return {
+        name: sum(found) / len(found)
+        for name, found in (
+            ("taught", recalled(taught.adapter, tokenizer, taught_pairs(facts))),
+            ("unseen", recalled(taught.adapter, tokenizer, unseen_pairs(facts))),
+        )
+    }
+
+
+def other_answer(fact: Fact, draw: random.Random) -> str:
+    """Another answer of the same relation."""
+    from memlib.tasks.facts import RELATIONS
+
+    return draw.choice([word for word in RELATIONS[fact.relation].answers if word != fact.answer])
+
+
+@torch.inference_mode()
+def said(base: Any, tokenizer: Any, prompt: str) -> str:
+    """What the base says next."""
+    logits, _ = answer_logits(base, tokenizer, [(prompt, " x")])
+    return tokenizer.decode(logits[0].argmax())
