@@ -474,6 +474,11 @@ class MemoryAdapter(SavedModule):
     # --------------------------------------------------------------------------------------- the rest
 
     @property
+    def generation_config(self) -> Any:
+        """transformers' defaults for `generate`, which Trainer aligns with a tokenizer."""
+        return self.base.generation_config
+
+    @property
     def embedding(self) -> nn.Embedding:
         """The base's token embedding."""
         return self.base.get_input_embeddings()
@@ -535,7 +540,8 @@ class MemoryAdapter(SavedModule):
         for name, parameter in self.named_parameters():
             if not name.startswith("base.") or "lora_" in name or not self.config.adapter.freeze_base_model:
                 yield name, parameter
-        yield from ((name, buffer) for name, buffer in self.named_buffers() if name.startswith("branches."))
+        kept = self.branches.state_dict(prefix="branches.")  # without buffers that every build makes anew
+        yield from ((name, buffer) for name, buffer in self.named_buffers() if name in kept)
 
     def detach(self) -> Any:
         """Take everything out again and return the base, exactly as it was; the adapter is then unusable."""

@@ -232,6 +232,9 @@ def fill(adapter: MemoryAdapter, path: Path, tensors: dict[str, Tensor], lora: d
     for file, saved, own in ((TENSORS, tensors, places), (peft_files.TENSORS, lora, matrices)):
         shapes = {name: list(tensor.shape) for name, tensor in own.items()}
         peft_files.check_tensors(saved, shapes, path / file)
+    types = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(types) == 1:  # buffers that are not saved follow
+        adapter.branches.to(types.pop())
     for saved, own in ((tensors, places), (lora, matrices)):
         for name, tensor in own.items():
             tensor.data = saved[name].to(tensor.device)

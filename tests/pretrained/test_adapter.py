@@ -126,8 +126,8 @@ def test_gradients_are_where_they_were_promised_and_nowhere_else(what, frozen):
     }
     assert found.keys() == expected == {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(gradient.any() for gradient in found.values())
-    buffers = {name for name, _ in model.branches.named_buffers(prefix="branches")}
-    assert {name for name, _ in model.added()} == expected | buffers
+    scales = {f"branches.{layer}.scale" for layer in range(LAYERS)} if what != "lora" else set()
+    assert {name for name, _ in model.added()} == expected | scales == set(model.state_dict())
 
 
 @every("frozen", [True, False])
