@@ -24,7 +24,7 @@ from memlib.pretrained.lora import merge_lora_weights
 from memlib.pretrained.weights import WeightsError
 
 from ..laws.cases import SEGMENT
-from .bases import FAMILIES, LAYERS, adapter, ids, tiny
+from .bases import FAMILIES, adapter, ids, tiny
 
 TOKENS = ids(tokens=3 * SEGMENT + 1)
 CONFIG, TENSORS, CARD = "memory_config.json", "memory_model.safetensors", "README.md"
@@ -90,8 +90,8 @@ def test_every_memory_is_saved_each_tensor_once(kind, tmp_path):
     model = adapter(kinds=(kind,), dtype=torch.float32)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / TENSORS)
-    scales = [model.branch(layer).scale for layer in range(LAYERS)]
-    distinct = [*model.branches.parameters(), *scales]
+    kept = model.branches.state_dict(prefix="branches.", keep_vars=True)
+    distinct = {id(tensor): tensor for tensor in kept.values()}.values()
     assert len(tensors) == len(distinct) and not any(name.startswith("base.") for name in tensors)
     values = sum(tensor.numel() for tensor in tensors.values())
     assert values == sum(tensor.numel() for tensor in distinct)
