@@ -40,7 +40,7 @@ lab: $(ENV) ## Open the lab in a browser; options: LAB_ARGS="--no-browser --port
 		exec $(BIN)/python -m jupyterlab $(LAB_ARGS)
 
 # In CI nothing is skipped for lack of a browser, of a library to compare with, or of a pretrained model.
-test: $(ENV) $(if $(CI),browser extras model) ## Run every test and every notebook; options: PYTEST_ARGS="-k recall"
+test: $(ENV) $(if $(CI),browser extras evaluation model) ## Run every test and every notebook; options: PYTEST_ARGS="-k recall"
 	$(BIN)/python -m tests.run $(PYTEST_ARGS)
 
 test-fast: $(ENV) ## Run the tests that take seconds: no notebooks, nothing that learns

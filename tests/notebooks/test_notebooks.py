@@ -78,9 +78,9 @@ def test_nothing_is_skipped(path):
 
 
 def test_keeps_to_its_budget(notebook):
-    """The lesson declares at most 120 CPU-seconds, and the last verdict says they were kept."""
+    """The lesson declares at most 150 CPU-seconds, and the last verdict says they were kept."""
     (setup,) = re.findall(r"Lesson\(\"\d\d\", cpu_seconds=(\d+)\)", "".join(c.source for c in notebook.cells))
-    assert int(setup) <= 120
+    assert int(setup) <= 150
     assert "within the budget" in printed(code_cells(notebook, "nbval-check-output")[-1])
 
 
@@ -167,7 +167,9 @@ def answer(path: Path, exercise: Exercise, code: str, monkeypatch, folder: Path)
 
 
 @pytest.mark.parametrize(("path_", "exercise"), CASES)
-def test_solution_passes_and_wrong_answer_fails(path_, exercise, monkeypatch, tmp_path):
+def test_solution_passes_and_wrong_answer_fails(path_, exercise, monkeypatch, tmp_path, request):
+    if path_.stem == "10_pretrained":
+        request.getfixturevalue("peer")("transformers")
     stub = nbformat.read(path_, as_version=4).cells[exercise.cell].source
     assert answer(path_, exercise, stub, monkeypatch, tmp_path).startswith("○")
     assert answer(path_, exercise, exercise.solution, monkeypatch, tmp_path).startswith("✓")
