@@ -32,6 +32,7 @@ from memlib.config import Config, ConfigError, save_config
 from memlib.models import MemoryState
 from memlib.pretrained.adapter import MemoryAdapter
 from memlib.pretrained.fitting import load_with_tokenizer, with_chat_template
+from memlib.pretrained.runs import ADAPTER
 from memlib.tasks.instructions import IGNORED, Instructions
 from memlib.tasks.packing import packed
 from memlib.tasks.scoring import correct, scored_cross_entropy
@@ -41,7 +42,6 @@ from memlib.training.log import RunLog
 from memlib.training.optimizer import make_schedule
 from memlib.training.resume import checkpoint_to_resume, progress_of, resume_checkpoint
 
-ADAPTER = "adapter"  # the folder, in a run's folder, of what was trained
 MODES = ("pretraining", "instruction_finetuning")
 
 

@@ -11,7 +11,8 @@ pytest.importorskip("transformers", reason="no transformers: `make extras` insta
 
 from memlib.config import Config, ConfigError, load_config, override, preset_names
 from memlib.pretrained.adapter import MemoryAdapter
-from memlib.pretrained.finetune import ADAPTER, Finetuning
+from memlib.pretrained.finetune import Finetuning
+from memlib.pretrained.runs import ADAPTER
 from memlib.tasks import Instructions, packed
 from memlib.training.checkpoint import CheckpointError, flatten_optimizer, latest_checkpoint
 from memlib.training.log import read_log
