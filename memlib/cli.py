@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from memlib.config import (
     Config,
@@ -18,12 +20,17 @@ from memlib.config import (
     to_dict,
 )
 
+if TYPE_CHECKING:
+    from memlib.inference import Tokenizer
+
 EPILOG = """examples:
   memlib train recall_internal --seeds 0 1 2         runs/recall_internal/seed-0 …
   memlib train my.yaml training.max_steps=500 --out runs/mine
+  memlib train adapter_smollm2                       teach facts to a pretrained model (`make model`)
   memlib eval runs/recall_internal/seed-0 --segments 4 32 --json result.json
   memlib generate runs/notes --prompt "def " --temperature 0.8 --stream
   memlib generate runs/notes --prompt "Ann: " --state ann.safetensors    keep memory from call to call
+  memlib generate adapter_smollm2 --prompt "What is the capital of France?"
   memlib table recall                                train, measure and print a whole table
   memlib compress runs/topics_routed                 bytes and accuracy of a bank, by rank and bits
   memlib retrieval --keys 1024 65536                 latency and recall of each index
@@ -41,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (ConfigError, ValueError, OSError, RuntimeError) as error:
+    except (ConfigError, ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"memlib: {error}", file=sys.stderr)
         return 2
 
@@ -61,6 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--seeds", type=int, nargs="+", help="one run per seed (default: the config's seed)")
     command.add_argument("--out", type=Path, help="folder of the run(s) (default: runs/CONFIG)")
     command.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    command.add_argument(
+        "--download", action="store_true", help="allow fetching a pretrained model and its data from the hub"
+    )
     command.set_defaults(run=train)
 
     command = commands.add_parser("eval", help="measure the accuracy of trained runs")
@@ -70,8 +80,18 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=evaluate)
 
     command = commands.add_parser("generate", help="generate text with a trained run")
-    command.add_argument("folder", type=Path, help="folder of the run")
-    command.add_argument("--prompt", required=True, help="text to continue; - reads it from standard input")
+    command.add_argument(
+        "name", help="folder of a run or of a saved adapter, or an adapter preset: its run in runs/, if any"
+    )
+    command.add_argument(
+        "--prompt", required=True, help="text to continue, or a message (--chat); - reads standard input"
+    )
+    command.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="pretrained models: the prompt is a message, in the chat template (default for models that are "
+        "tuned for instructions)",
+    )
     command.add_argument("--tokens", type=int, default=200, help="maximum number of new tokens")
     command.add_argument("--temperature", type=float, default=0.0, help="0: always the most probable token")
     command.add_argument("--top-k", type=int, help="sample from the k most probable tokens")
@@ -82,13 +102,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--stream", action="store_true", help="print text while it is generated")
     command.add_argument("--state", type=Path, help="file that keeps the memory from call to call")
+    command.add_argument("--download", action="store_true", help="allow fetching a pretrained model")
     command.set_defaults(run=generate)
 
     command = commands.add_parser("table", help="train and measure all runs of a published table")
     command.add_argument(
         "name",
         choices=["recall", "rewrite", "passkey", "mixed", "compression", "slots", "prototype"]
-        + ["age", "banks", "topics", "collapse", "low_rank"],
+        + ["age", "banks", "topics", "collapse", "low_rank", "facts"],
     )
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     command.add_argument(
@@ -193,15 +214,15 @@ def write_rows(rows: object, path: Path | None) -> None:
 
 
 def train(arguments: argparse.Namespace) -> int:
+    config = read_config(arguments.config, arguments.changes)
+    if config.adapter.base_model_name is not None:
+        return train_adapter(arguments, config)
     from memlib.models import MemoryTransformer
     from memlib.models.info import print_model_info
     from memlib.training.trainer import Trainer
 
-    config = read_config(arguments.config, arguments.changes)
     print_model_info(MemoryTransformer(config), config)
-    out = arguments.out or Path("runs", Path(arguments.config).stem)
-    for seed in arguments.seeds or [config.training.seed]:
-        folder = out / f"seed-{seed}" if arguments.seeds or not arguments.out else out
+    for seed, folder in seeds_and_folders(arguments, config):
         trainer = Trainer(override(config, {"training.seed": seed}), folder, arguments.resume)
         trainer.train()
         score = trainer.evaluate()
@@ -209,6 +230,62 @@ def train(arguments: argparse.Namespace) -> int:
             f"{folder}: {trainer.step} steps, {trainer.cpu_seconds:.1f} CPU-s, test accuracy "
             f"{score.accuracy:.4f} (chance {score.chance:.4f}), loss {score.loss:.4f}"
         )
+    return 0
+
+
+def seeds_and_folders(arguments: argparse.Namespace, config: Config) -> list[tuple[int, Path]]:
+    """The seeds of `memlib train`, each with the folder of its run."""
+    out = arguments.out or Path("runs", Path(arguments.config).stem)
+    alone = arguments.out and not arguments.seeds
+    return [
+        (seed, out if alone else out / f"seed-{seed}") for seed in arguments.seeds or [config.training.seed]
+    ]
+
+
+def train_adapter(arguments: argparse.Namespace, config: Config) -> int:
+    """Train what a pretrained model gets, as `training.training_mode` says."""
+    from memlib.pretrained.extras import extra
+
+    extra("transformers")
+    from memlib.experiments import taught_facts
+    from memlib.pretrained.finetune import Finetuning
+    from memlib.training.log import read_log
+
+    mode, download = config.training.training_mode, arguments.download
+    if mode == "comparison":
+        taught_facts.check_base(config)
+        out = arguments.out or Path("runs", Path(arguments.config).stem)
+        return facts_table(arguments.seeds or [0, 1, 2], out / "facts.json")
+    allowed = {"task.instructions.download": True, "task.documents.download": True} if download else {}
+    for seed, folder in seeds_and_folders(arguments, config):
+        changed = override(config, allowed | {"training.seed": seed})
+        if mode == "facts":
+            taught = taught_facts.teach_run(changed, folder, download)
+            print(
+                f"{folder}: {taught['facts']} facts, {taught['steps']} steps, {taught['cpu_seconds']:.1f} "
+                f"CPU-s, recall of taught phrasings {taught['taught']:.4f}, of unseen ones "
+                f"{taught['unseen']:.4f}; facts in {folder / 'taught.json'}"
+            )
+            continue
+        run = Finetuning(changed, folder, arguments.resume, download=download)
+        run.train()
+        last = [record for record in read_log(folder) if "loss" in record][-1]
+        print(
+            f"{folder}: {run.step} steps, {run.cpu_seconds:.1f} CPU-s, training loss {last['loss']:.4f}, "
+            f"accuracy {last['accuracy']:.4f}"
+        )
+    return 0
+
+
+def facts_table(seeds: list[int], path: Path) -> int:
+    """Run what is missing of the comparison of ways to teach facts, and print its table."""
+    from memlib.experiments.taught_facts import run_all, to_table
+
+    if seeds != list(range(len(seeds))):
+        raise ValueError(f"--seeds {seeds}: rates are chosen on seed 0, so use 0 1 2 … without gaps")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = run_all(path, seeds=len(seeds), log=lambda line: print(line, file=sys.stderr))
+    print(f"{to_table(results)}\n\nwritten to {path}")
     return 0
 
 
@@ -229,13 +306,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def generate(arguments: argparse.Namespace) -> int:
     import torch
 
-    from memlib.inference import GenerationConfig, TokenStream, load_state, save_state, tokenizer_for
+    from memlib.inference import GenerationConfig, TokenStream, load_state, save_state
     from memlib.inference.sampling import seeded
-    from memlib.training.trainer import load_model
 
-    model = load_model(arguments.folder)
+    model, tokenizer, encode = speaker(arguments)
     torch.set_num_threads(model.config.training.num_threads)
-    tokenizer = tokenizer_for(model.config)
     stop = tokenizer.encode(arguments.stop or "")
     if len(stop) > 1:
         raise ValueError(f"--stop {arguments.stop!r}: is {len(stop)} tokens; use a single token")
@@ -253,7 +328,7 @@ def generate(arguments: argparse.Namespace) -> int:
     if random is not None and arguments.seed is None:
         generator.set_state(random)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    tokens = TokenStream(model, [tokenizer.encode(prompt)], state, config, generator)
+    tokens = TokenStream(model, [encode(prompt, state is not None)], state, config, generator)
     pieces = tokenizer.pieces(token.id for token in tokens if token.id not in config.stop_tokens)
     if arguments.stream:
         for piece in pieces:
@@ -266,10 +341,44 @@ def generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def speaker(arguments: argparse.Namespace) -> tuple[Any, Tokenizer, Callable[[str, bool], list[int]]]:
+    """A model that generates, its tokenizer, and what turns (prompt, whether it goes on) into ids."""
+    from memlib.pretrained.runs import adapter_config, open_adapter
+
+    if (found := adapter_config(arguments.name)) is None:
+        from memlib.inference import tokenizer_for
+        from memlib.training.trainer import load_model
+
+        if arguments.chat is not None:
+            raise ValueError(
+                "--chat and --no-chat: are for pretrained models; a model of a task has no turns"
+            )
+        model = load_model(arguments.name)
+        words = tokenizer_for(model.config)
+        return model, words, lambda text, goes_on: words.encode(text)
+    from memlib.pretrained.extras import extra
+
+    extra("transformers")
+    from memlib.pretrained.tokenizer import PretrainedTokenizer, is_chat_model
+
+    config, folder = found
+    if folder is None:
+        name = config.adapter.base_model_name
+        print(f"memlib: {arguments.name} is not trained here; {name} speaks, untaught", file=sys.stderr)
+    elif not Path(arguments.name).exists():
+        print(f"memlib: {folder}", file=sys.stderr)
+    adapter, own, _ = open_adapter(config, folder, arguments.download)
+    tokenizer = PretrainedTokenizer(own, adapter.base)
+    chat = is_chat_model(config, own) if arguments.chat is None else arguments.chat
+    return adapter, tokenizer, lambda text, goes_on: tokenizer.prompt(text, chat, goes_on)
+
+
 def table(arguments: argparse.Namespace) -> int:
     from memlib.experiments.comparison import compare, summary, to_markdown, write_json
     from memlib.experiments.studies import LENGTHS, MEASURES, PREPARED, named_comparison
 
+    if arguments.name == "facts":
+        return facts_table(arguments.seeds, arguments.json or arguments.out / "facts.json")
     configs = named_comparison(arguments.name)
     segments = arguments.segments or LENGTHS.get(arguments.name, [4, 6, 32])
     measures, prepare = MEASURES.get(arguments.name), PREPARED.get(arguments.name)

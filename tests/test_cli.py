@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import sys
 
 import pytest
 import torch
@@ -126,7 +128,7 @@ def test_generate_stops_where_it_is_told(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["train", "nowhere"], "no such file or preset; presets: base_medium"),
+        (["train", "nowhere"], "no such file or preset; presets: adapter_comparison"),
         (["train", "recall_internal", "model.hidden=3"], "model.hidden: unknown key"),
         (["train", "recall_internal", "model"], "expected path=value"),
         (["train", "recall_internal", "model.vocab_size=9"], "task recall has 50 tokens; raise it"),
@@ -169,7 +171,11 @@ def test_doctor(capsys):
 LARGE = {"base_medium": 43.3e6, "design_100m": 100e6, "design_7b": 7e9}
 
 
-@pytest.mark.parametrize("name", preset_names())
+# Configurations of adapters are built and trained in tests/pretrained/test_finetune.py.
+SCRATCH = [name for name in preset_names() if load_config(name).adapter.base_model_name is None]
+
+
+@pytest.mark.parametrize("name", SCRATCH)
 def test_every_preset_takes_a_step(name):
     """Large ones take it with their shape kept and their sizes cut down."""
     changes = {"training.max_steps": 1, "training.batch_size": 2, "training.gradient_accumulation_steps": 1}
@@ -180,7 +186,7 @@ def test_every_preset_takes_a_step(name):
     assert Trainer(config).train(progress=False)["loss"] > 0
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", SCRATCH)
 def test_a_preset_that_is_not_large_is_small(name):
     """Sizes on the meta device: no memory is taken, not even for seven billion."""
     with torch.device("meta"):
@@ -284,3 +290,225 @@ def test_compress_says_what_it_needs(tmp_path, capsys):
     assert main(["train", "topics_baseline", "training.max_steps=1", "--out", str(run)]) == 0
     assert main(["compress", str(run)]) == 2
     assert "this model has 0 banks of learnable tokens" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------- pretrained models
+
+ADAPTER = """
+model: {segment_length: 8}
+memory:
+  kinds: [internal]
+  fusion: residual
+  memory_layer_placement: custom
+  memory_layer_custom: [1]
+  internal: {num_slots: 8, num_heads: 2}
+task:
+  instructions: {dataset: talks.jsonl}
+training: {training_mode: instruction_finetuning, batch_size: 2, gradient_accumulation_steps: 1, max_steps: 3,
+  warmup_steps: 0, memory_lr: 0.05, save_steps: 2}
+adapter: {base_model_name: ./tiny-instruct, width: 8}
+"""
+
+
+@pytest.fixture
+def pretrained(tmp_path, monkeypatch, peer):
+    """A folder with a tiny Llama, its tokenizer, a conversation, and the configuration of an adapter."""
+    peer("transformers")
+    from .pretrained.bases import BYTES, byte_tokenizer, tiny
+
+    monkeypatch.chdir(tmp_path)
+    base = tiny("llama", torch.float32, vocab=BYTES, num_hidden_layers=2, eos_token_id=0)
+    base.save_pretrained("tiny-instruct")
+    byte_tokenizer().save_pretrained("tiny-instruct")
+    talk = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "five"}]
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    (tmp_path / "mine.yaml").write_text(ADAPTER)
+    return tmp_path
+
+
+def test_an_adapter_is_trained_resumed_and_speaks(pretrained, capsys):
+    assert main(["train", "mine.yaml"]) == 0
+    assert "runs/mine/seed-0: 3 steps" in capsys.readouterr().out
+    assert main(["train", "mine.yaml"]) == 2
+    assert "already holds a run (step-0000003): resume it (--resume)" in capsys.readouterr().err
+    assert main(["train", "mine.yaml", "training.max_steps=5", "--resume"]) == 0
+    assert "runs/mine/seed-0: 5 steps" in capsys.readouterr().out
+
+    def said(*words):
+        assert main(["generate", *words, "--tokens", "6"]) == 0
+        return capsys.readouterr().out
+
+    names = ("runs/mine/seed-0/adapter", "runs/mine/seed-0", "runs/mine")
+    assert len({said(name, "--prompt", "2 + 3?") for name in names}) == 1
+    drawn = ["runs/mine", "--prompt", "2", "--temperature", "1"]
+    assert said(*drawn) == said(*drawn, "--stream")
+
+
+def test_chat_puts_the_prompt_into_the_template(pretrained, capsys, monkeypatch):
+    """By default where the model is for conversations; --no-chat continues plain text."""
+    from memlib.inference import TokenStream
+
+    heard = []
+    made = TokenStream.__init__
+
+    def listening(stream, model, prompts, *rest):
+        heard.append(prompts)
+        made(stream, model, prompts, *rest)
+
+    monkeypatch.setattr(TokenStream, "__init__", listening)
+    assert main(["train", "mine.yaml", "training.max_steps=1", "--out", "run"]) == 0
+    from .pretrained.bases import byte_tokenizer
+
+    read = byte_tokenizer()
+    for words, prompt in {
+        (): "<user>hi<end><assistant>",
+        ("--chat",): "<user>hi<end><assistant>",
+        ("--no-chat",): "hi",
+    }.items():
+        assert main(["generate", "run", "--prompt", "hi", "--tokens", "1", *words]) == 0
+        assert read.decode(heard.pop()[0]) == prompt
+    state = ["--state", "ann.safetensors", "--tokens", "1"]
+    for text in ("one", "two"):
+        assert main(["generate", "run", "--prompt", text, *state]) == 0
+    assert read.decode(heard.pop()[0]) == "<user>two<end><assistant>"
+    read.chat_template = None
+    read.save_pretrained("tiny-instruct")
+    (pretrained / "tiny-instruct" / "chat_template.jinja").unlink(missing_ok=True)
+    assert main(["generate", "run", "--prompt", "hi", "--chat", "--tokens", "1"]) == 2
+    assert "--chat: the tokenizer has no chat template" in capsys.readouterr().err
+
+
+def test_an_adapters_state_carries_what_was_said(pretrained, capsys):
+    """Two calls with a state are one stream: the answer is that of the whole text at once."""
+    assert main(["train", "mine.yaml", "--out", "run"]) == 0
+    capsys.readouterr()
+    first = ["generate", "run", "--no-chat", "--tokens", "3", "--state", "ann.safetensors"]
+    assert main([*first, "--prompt", "once upon "]) == 0
+    begun = capsys.readouterr().out.removesuffix("\n")
+    assert main([*first, "--prompt", " a time"]) == 0
+    second = capsys.readouterr().out
+    whole = ["generate", "run", "--no-chat", "--tokens", "3", "--prompt"]
+    assert main([*whole, f"once upon {begun} a time"]) == 0
+    assert capsys.readouterr().out == second
+    assert main(["train", "mine.yaml", "training.seed=1", "--out", "other"]) == 0
+    assert main(["generate", "other", "--prompt", "a", "--state", "ann.safetensors"]) == 2
+    assert "of another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["train", "mine.yaml", "adapter.base_model_name=./nowhere"],
+            "no such folder; name a folder, a model",
+        ),
+        (["train", "mine.yaml", "adapter.base_model_name=memlib/none"], "--download on the command line"),
+        (
+            ["train", "mine.yaml", "task.instructions.dataset=no.jsonl"],
+            "task.instructions.dataset = 'no.jsonl'",
+        ),
+        (["train", "mine.yaml", "memory.memory_layer_custom=[2]"], "layers are 0 … 1"),
+        (["train", "mine.yaml", "training.training_mode=comparison"], "is of configurations for smollm2"),
+        (["train", "tiny", "training.training_mode=facts"], "is for a pretrained base only"),
+        (["table", "facts", "--seeds", "1", "2"], "rates are chosen on seed 0"),
+        (["generate", "half", "--prompt", "a"], "no adapter here yet; end the run with memlib train"),
+        (["generate", "nowhere", "--prompt", "a"], "nowhere: no checkpoint here"),
+        (["generate", "nowhere", "--prompt", "a", "--chat"], "are for pretrained models"),
+    ],
+)
+def test_errors_with_pretrained_models_are_one_line_that_helps(words, said, pretrained, capsys):
+    (pretrained / "half").mkdir()
+    (pretrained / "half" / "config.yaml").write_text(ADAPTER)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.splitlines()[-1].startswith("memlib: ")
+
+
+def test_without_transformers_the_remedy_is_named(pretrained, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["train", "mine.yaml"]) == 2
+    assert "transformers is not installed; `make extras` installs it" in capsys.readouterr().err
+
+
+def test_facts_are_taught_and_saved(pretrained, capsys):
+    """The saved adapter has the recall that was printed, and a lower loss on the facts than its base."""
+    from memlib.pretrained.adapter import MemoryAdapter
+    from memlib.pretrained.teaching import batch_of, recall
+
+    from .pretrained.bases import byte_tokenizer
+
+    words = ["train", "mine.yaml", "memory.kinds=[facts]", "memory.facts.num_facts=2"]
+    words += ["memory.facts.threshold=0.7", "adapter.width=null", "adapter.gate=none"]
+    words += ["training.training_mode=facts", "training.memory_lr=1.0", "training.max_steps=40"]
+    words += ["--out", "run"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    facts = json.loads((pretrained / "run" / "taught.json").read_text())
+    pairs = [(prompt, f" {fact['answer']}") for fact in facts for prompt in fact["prompts"]]
+    adapter, tokenizer = MemoryAdapter.from_pretrained("run/adapter"), byte_tokenizer()
+    shown = f"2 facts, 40 steps, .* taught phrasings {recall(adapter, tokenizer, pairs):.4f}, of unseen"
+    assert re.search(shown, said) and len(pairs) == 8
+    batch = batch_of(tokenizer, pairs)
+    with torch.no_grad():
+        taught = adapter(**batch).loss
+        adapter.close_memory()
+        assert taught < adapter(**batch).loss - 0.1
+    assert main(words) == 2
+    assert "already holds a taught adapter: choose another folder" in capsys.readouterr().err
+
+
+def test_the_comparison_continues_and_prints_its_table(tmp_path, capsys, monkeypatch, peer):
+    """`memlib train` of the preset and `memlib table facts` run the same; here on results that are there."""
+    peer("transformers")
+    from memlib.experiments import taught_facts
+
+    asked = []
+
+    def run_all(path, seeds, log):
+        asked.append((path, seeds))
+        log("a run")
+        return [measured("base", None, 0, 2.0), measured("lora", 1e-3, 0, 2.5)]
+
+    monkeypatch.setattr(taught_facts, "run_all", run_all)
+    assert main(["train", "adapter_comparison", "--seeds", "0", "--out", str(tmp_path / "a")]) == 0
+    first = capsys.readouterr()
+    assert "| lora | 0.001 | 1 | 5 | 20 | 3 | 0.50 | 0.50 | +0.500 | +0.500 | 1.00 |" in first.out
+    assert "a run" in first.err and "a run" not in first.out
+    assert main(["table", "facts", "--out", str(tmp_path / "b")]) == 0
+    assert asked == [(tmp_path / "a" / "facts.json", 1), (tmp_path / "b" / "facts.json", 3)]
+
+
+def measured(arm, rate, seed, loss, taught=0.5):
+    """A result as `memlib.experiments.taught_facts` stores it."""
+    costs = {"parameters": 5, "bytes": 20, "cpu_seconds": 3.2}
+    scores = {"taught": taught, "unseen": taught, "prose": loss, "code": loss, "strangers": 1.0}
+    return {"arm": arm, **({} if rate is None else {"rate": rate}), "seed": seed, **costs, **scores}
+
+
+def test_the_table_of_facts_has_each_arms_best_rate_and_its_range(peer):
+    peer("transformers")
+    from memlib.experiments.taught_facts import to_table
+
+    results = [
+        measured("base", None, 0, 2.0, 0.0),
+        measured("base", None, 1, 3.0, 0.0),
+        measured("lora", 1e-3, 0, 2.5, 0.7),
+        measured("lora", 1e-2, 0, 9.0, 0.4),  # worse, so only the other rate is shown
+        measured("lora", 1e-3, 1, 3.25, 0.9),
+    ]
+    rows = to_table(results).splitlines()
+    spans = "0.70–0.90 | 0.70–0.90 | +0.250–+0.500 | +0.250–+0.500"
+    assert rows[2] == "| base | – | 2 | 5 | 20 | 3 | 0.00 | 0.00 | +0.000 | +0.000 | 1.00 |"
+    assert rows[3] == f"| lora | 0.001 | 2 | 5 | 20 | 3 | {spans} | 1.00 |"
+    assert len(rows) == 4
+    with pytest.raises(ValueError, match="no results of the arm 'base'"):
+        to_table(results[2:])
+
+
+@pytest.mark.slow
+def test_smollm2_knows_the_capital_of_france(smollm2, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["generate", "adapter_smollm2", "--tokens", "20", "--prompt", "What is the capital of France?"]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert "Paris" in said.out and "adapter_smollm2 is not trained here" in said.err

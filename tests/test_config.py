@@ -53,8 +53,8 @@ def test_an_unknown_key_is_named_with_its_path_and_what_is_known(path, known):
         from_dict(Config, nested(path, 1))
 
 
-# Every field of the dataclasses in "Implementation Plan" and its place; adapters, LoRA, instruction data and
-# several processes are not in the package, and neither are their options.
+# Every field of the dataclasses in "Implementation Plan" and its place; several processes are not in the
+# package, and neither are distributed_strategy and num_gpus.
 PLAN = {
     "memory": """memory_layer_placement memory_layer_k memory_layer_n memory_layer_custom memory_sharing
         memory_sharing_k memory_block_variant wo_init_zero vanilla_mode""",
@@ -62,16 +62,25 @@ PLAN = {
         use_low_rank_projections projection_rank use_chapters num_chapters tokens_per_chapter
         top_k_chapters routing_strategy_train routing_strategy_inference use_load_balance_loss
         load_balance_coefficient use_z_loss z_loss_coefficient quantize_memory memory_quant_bits""",
-    "training": """memory_lr base_model_lr batch_size gradient_accumulation_steps max_steps warmup_steps
-        weight_decay max_grad_norm gradient_checkpointing save_steps eval_steps""",
+    "training": """training_mode memory_lr lora_lr base_model_lr batch_size gradient_accumulation_steps
+        max_steps warmup_steps weight_decay max_grad_norm gradient_checkpointing save_steps eval_steps""",
     "model": "hidden_dim num_heads num_layers intermediate_dim vocab_size use_rope",
+    "adapter": """base_model_name freeze_base_model use_memory_adapter use_lora use_both_memory_and_lora
+        lora_rank lora_alpha lora_targets""",
     "task.text": "text_field",
+    "task.documents": "text_field",
 }
 RENAMED = {
     "model.max_seq_len": "model.segment_length",
-    "training.dataset_name": "task.text.dataset",
-    "training.dataset_subset": "task.text.subset",
-    "training.dataset_split": "task.text.split",
+    "training.dataset_name": "task.text.dataset or task.instructions.dataset or task.documents.dataset",
+    "training.dataset_subset": "task.text.subset or task.instructions.subset or task.documents.subset",
+    "training.dataset_split": "task.text.split or task.instructions.split or task.documents.split",
+    "training.text_field": "task.text.text_field or task.documents.text_field",
+    "model.base_model_name": "adapter.base_model_name",
+    "model.freeze_base_model": "adapter.freeze_base_model",
+    "memory.use_lora": "adapter.use_lora",
+    "memory.lora_targets": "adapter.lora_targets",
+    "memory.use_both_memory_and_lora": "adapter.use_both_memory_and_lora",
 }
 
 
@@ -166,6 +175,10 @@ def test_a_value_outside_its_limits_is_refused_with_the_limit(path, value, limit
             r"memory.internal.num_slots = 6: must be a multiple of memory.internal.num_heads = 4",
         ),
         ({"memory.memory_block_variant": "B"}, r"memory.memory_block_variant = 'B'.*fusion: residual"),
+        (
+            {"training.training_mode": "facts"},
+            r"training.training_mode = 'facts': is for a pretrained base only; set adapter.base_model_name",
+        ),
         ({"task.segments_min": 5}, r"task.segments_min = 5: must be at most task.segments = 4"),
         (
             {"training.curriculum": [{"from_step": 5}, {"from_step": 5}]},

@@ -19,6 +19,9 @@ class AdapterConfig:
     base_model_name: str | None = option(
         None, "the pretrained model: smollm2-135m-instruct, a local folder or a hub name; null: none"
     )
+    base_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "type in which a named base is loaded; memory branches are float32 in any case"
+    )
     freeze_base_model: bool = option(True, "train only what is added to the pretrained model")
 
     use_memory_adapter: bool = option(True, "add the memories of memory.kinds")

@@ -66,6 +66,11 @@ def validate(config: Config) -> Config:
     check_memories(config.memory)
     if config.adapter.base_model_name is None:
         check_sizes(config)
+        if config.training.training_mode != "pretraining":
+            raise ConfigError(
+                f"training.training_mode = {config.training.training_mode!r}: is for a pretrained base only; "
+                "set adapter.base_model_name, or training.training_mode: pretraining"
+            )
     task = config.task
     if task.segments_min is not None and task.segments_min > task.segments:
         raise ConfigError(

@@ -103,8 +103,8 @@ class SourceConfig:
     """A data set for pretrained models: local files, or a data set of the hub."""
 
     dataset: str = option("", "a local file or folder, or a hub dataset name")
-    subset: str | None = option(None, "the hub dataset's configuration")
-    split: str = option("train", "split of a hub dataset to read")
+    subset: str | None = option(None, "the hub dataset's configuration", known_as="dataset_subset")
+    split: str = option("train", "split of a hub dataset to read", known_as="dataset_split")
     download: bool = option(False, "allow fetching a hub dataset that is not in the local cache")
     streaming: bool = option(False, "read the data in order, a block at a time, instead of loading it whole")
     block: int = option(1000, "with streaming: rows of a block, which are shuffled among themselves", 1)
@@ -115,12 +115,17 @@ class InstructionsConfig(SourceConfig):
     """Conversations for instruction tuning; only the assistant's tokens are learned."""
 
     dataset: str = option(
-        "HuggingFaceH4/ultrachat_200k", "a local file or folder (.jsonl, .parquet, …), or a hub dataset name"
+        "HuggingFaceH4/ultrachat_200k",
+        "a local file or folder (.jsonl, .parquet, …), or a hub dataset name",
+        known_as="dataset_name",
     )
-    split: str = option("train_sft", "split of a hub dataset to read")
+    split: str = option("train_sft", "split of a hub dataset to read", known_as="dataset_split")
     messages_field: str = option("messages", "column with conversations: lists of {role, content}")
     prompt_field: str = option("prompt", "column with prompts, if there is no messages_field")
     response_field: str = option("response", "column with answers, if there is no messages_field")
+    chat_template: str | None = option(
+        None, "Jinja template of a conversation, for models without one; null: the tokenizer's own"
+    )
     max_length: int = option(2048, "tokens of an example; the rest is cut off", 2)
 
 
@@ -129,7 +134,9 @@ class DocumentsConfig(SourceConfig):
     """Documents for continued pretraining, joined and cut into rows of equal length."""
 
     dataset: str = option(
-        "python-stdlib", "python-stdlib (offline), a local file or folder, or a hub dataset name"
+        "python-stdlib",
+        "python-stdlib (offline), a local file or folder, or a hub dataset name",
+        known_as="dataset_name",
     )
     text_field: str = option("text", "column that holds the text")
     row_length: int = option(1024, "tokens of a row", 2)
@@ -138,7 +145,8 @@ class DocumentsConfig(SourceConfig):
 
 @dataclass(kw_only=True)
 class TaskConfig:
-    """The task that the model is trained and measured on."""
+    """The task that the model is trained and measured on; `training.training_mode` chooses for a pretrained
+    base, whose data are `instructions` or `documents`."""
 
     name: Literal["recall", "passkey", "mixed", "topics", "copy", "qa", "text"] = option("recall", "the task")
     segments: int = option(4, "segments in an example; with segments_min, the maximum", 1)
@@ -150,3 +158,9 @@ class TaskConfig:
     copy: CopyConfig = option(CopyConfig, "copy and selective copy")
     qa: QaConfig = option(QaConfig, "stories and questions")
     text: TextConfig = option(TextConfig, "real text")
+    instructions: InstructionsConfig = option(
+        InstructionsConfig, "conversations for a pretrained base, with training_mode: instruction_finetuning"
+    )
+    documents: DocumentsConfig = option(
+        DocumentsConfig, "documents for a pretrained base, with training_mode: pretraining"
+    )

@@ -20,6 +20,12 @@ class Stage:
 class TrainingConfig:
     """Optimizer, schedule, evaluation and checkpoints."""
 
+    training_mode: Literal["pretraining", "instruction_finetuning", "facts", "comparison"] = option(
+        "pretraining",
+        "what a pretrained base (adapter.base_model_name) is trained on. pretraining: task.documents; "
+        "instruction_finetuning: task.instructions; facts: made-up facts, with a rate that falls linearly "
+        "from memory_lr; comparison: the same facts by several methods. Without a base: pretraining",
+    )
     seed: int = option(0, "seed of weights and data", 0)
     batch_size: int = option(4, "independent streams b", 1)
     gradient_accumulation_steps: int = option(4, "batches per optimizer step", 1)

@@ -22,14 +22,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from memlib.config import Config, load_config, override
+from memlib.config import Config, ConfigError, load_config, override, save_config
+from memlib.evaluation.table import markdown
 from memlib.files import write_text
 from memlib.pretrained.adapter import MemoryAdapter
+from memlib.pretrained.fitting import load_with_tokenizer
 from memlib.pretrained.knn import NearestNeighbourLM
+from memlib.pretrained.runs import ADAPTER
 from memlib.pretrained.teaching import (
     Pair,
     answer_logits,
     fact_memories,
+    recall,
     recalled,
     teach,
     write_facts,
@@ -37,6 +41,7 @@ from memlib.pretrained.teaching import (
 from memlib.pretrained.weights import load_base
 from memlib.tasks.facts import Fact, make_facts
 
+BASE = "smollm2-135m-instruct"
 COUNT, STEPS = 100, 32
 LAYER = 12
 TEXT_TOKENS, TEXT_ROWS = 256, 4
@@ -136,13 +141,24 @@ class Taught:
 
 def teach_arm(arm: str, base: Any, tokenizer: Any, facts: list[Fact], rate: float, seed: int) -> Taught:
     """Build an arm's adapter around the base and teach it; `adapter.detach()` gives the base back."""
-    torch.manual_seed(seed)
-    adapter = MemoryAdapter(configured(arm), base)
+    changes = {"training.seed": seed, "training.max_steps": STEPS, "training.batch_size": 50}
+    return teach_facts(override(configured(arm), changes), base, tokenizer, facts, rate)
+
+
+def teach_facts(config: Config, base: Any, tokenizer: Any, facts: list[Fact], rate: float) -> Taught:
+    """Build an adapter around the base and teach it, with the seed, steps and batch size of `training`.
+
+    A fact memory is written first, and its values are trained; without one, everything that was added.
+    """
+    training = config.training
+    torch.manual_seed(training.seed)
+    adapter = MemoryAdapter(config, base)
     parameters, places = [p for p in adapter.parameters() if p.requires_grad], None
-    if arm == "facts":
+    if config.adapter.memory and "facts" in config.memory.kinds:
         places = write_facts(adapter, tokenizer, [(fact.prompts(), fact.subject) for fact in facts])
         parameters = [memory.values for memory in fact_memories(adapter)]
-    teach(adapter, parameters, tokenizer, taught_pairs(facts), STEPS, rate, seed=seed)
+    pairs, steps = taught_pairs(facts), training.max_steps
+    teach(adapter, parameters, tokenizer, pairs, steps, rate, training.batch_size, training.seed)
     return Taught(adapter, parameters, places)
 
 
@@ -202,7 +218,7 @@ def run_all(
     log: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """All runs, in a file of results that is continued where it stops."""
-    base, tokenizer = load_base("smollm2-135m-instruct")
+    base, tokenizer = load_base(BASE)
     path = Path(path)
     results: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
 
@@ -229,13 +245,84 @@ def run_all(
     return results
 
 
+def to_table(results: list[dict[str, Any]]) -> str:
+    """Results as a Markdown table: a row for each arm at its best rate, min–max over seeds.
+
+    Losses are those on unrelated text minus the base's. Raises ValueError without the base's own results.
+    """
+    bases = {r["seed"]: r for r in results if r["arm"] == "base"}
+    if not bases:
+        raise ValueError("no results of the arm 'base', against which losses are compared: run it too")
+    rows = []
+    for arm in dict.fromkeys(r["arm"] for r in results):
+        rate = best_rate(results, arm) if arm in ARMS else None
+        runs = [r for r in results if (r["arm"], r.get("rate")) == (arm, rate) and r["seed"] in bases]
+        if not runs:
+            continue
+        changed = {text: [r[text] - bases[r["seed"]][text] for r in runs] for text in ("prose", "code")}
+        sizes = [str(len(runs)), f"{runs[0]['parameters']:,}", f"{runs[0]['bytes']:,}"]
+        spans = [[r[name] for r in runs] for name in ("taught", "unseen")]
+        rows.append(
+            [arm, "–" if rate is None else f"{rate:g}", *sizes]
+            + [span([r["cpu_seconds"] for r in runs], ".0f"), *(span(values, ".2f") for values in spans)]
+            + [span(values, "+.3f") for values in changed.values()]
+            + [span([r["strangers"] for r in runs], ".2f")]
+        )
+    head = ["arm", "rate", "seeds", "parameters", "bytes", "CPU-s", "taught", "unseen"]
+    return markdown([*head, "prose loss", "code loss", "strangers"], rows)
+
+
+def span(values: list[float], form: str) -> str:
+    """The range of some values, or the value if all are equal as shown."""
+    low, high = (format(end, form) for end in (min(values), max(values)))
+    return low if low == high else f"{low}–{high}"
+
+
+def check_base(config: Config) -> None:
+    """Raise ConfigError for another base than that of the compared configurations."""
+    if config.adapter.base_model_name != BASE:
+        raise ConfigError(
+            f"adapter.base_model_name = {config.adapter.base_model_name!r}: training_mode comparison is of "
+            f"configurations for {BASE}; name that, or teach with training_mode: facts"
+        )
+
+
+def teach_run(config: Config, folder: Path, download: bool = False) -> dict[str, float]:
+    """Teach as `training_mode: facts` asks; writes `adapter/` and `taught.json`, returns recall.
+
+    memory.facts.num_facts facts with a fact memory, else COUNT. The rate is memory_lr, or lora_lr where no
+    memory is added. Raises FileExistsError if the folder already holds an adapter.
+    """
+    if (folder / ADAPTER).exists():
+        raise FileExistsError(f"{folder} already holds a taught adapter: choose another folder")
+    training = config.training
+    if training.device != "cpu":
+        raise ConfigError(f"training.device = {training.device!r}: facts are taught on the CPU; set cpu")
+    torch.set_num_threads(training.num_threads)
+    base, tokenizer = load_with_tokenizer(config, download)
+    written = config.adapter.memory and "facts" in config.memory.kinds
+    facts = make_facts(config.memory.facts.num_facts if written else COUNT, training.seed)
+    rate = training.memory_lr if config.adapter.memory else training.lora_lr
+    start = time.process_time()
+    adapter = teach_facts(config, base, tokenizer, facts, rate).adapter
+    seconds = time.process_time() - start
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder / "config.yaml")
+    known = [{"statement": f.statement, "prompts": f.prompts(), "answer": f.answer} for f in facts]
+    write_text(folder / "taught.json", json.dumps(known, indent=1) + "\n")
+    adapter.save_pretrained(folder / ADAPTER)
+    asked = {"taught": taught_pairs(facts), "unseen": unseen_pairs(facts)}
+    scores = {name: recall(adapter, tokenizer, pairs) for name, pairs in asked.items()}
+    return {"facts": len(facts), "steps": training.max_steps, "cpu_seconds": seconds, **scores}
+
+
 def edit(path: str | Path, arm: str, count: int = 20, steps: int = 20) -> dict[str, Any]:
     """Teach, then replace some facts and delete others: what do the rest lose?
 
     Facts: the memory's values of the replaced are trained anew, the deleted are forgotten by one call. LoRA:
     the replaced are trained with their new answers, the deleted towards what the base would have said.
     """
-    base, tokenizer = load_base("smollm2-135m-instruct")
+    base, tokenizer = load_base(BASE)
     results = json.loads(Path(path).read_text())
     rate, facts = best_rate(results, arm), make_facts(COUNT, 0)
     taught = teach_arm(arm, base, tokenizer, facts, rate, 0)
@@ -247,7 +334,7 @@ def edit(path: str | Path, arm: str, count: int = 20, steps: int = 20) -> dict[s
     old, gone = [facts[i] for i in replaced], [facts[i] for i in deleted]
     report: dict[str, Any] = {"arm": arm, "rate": rate, "before": share(taught, tokenizer, kept)}
     start = time.process_time()
-    alone = load_base("smollm2-135m-instruct")[0]
+    alone = load_base(BASE)[0]
     if taught.places is None:
         first = [(prompt, said(alone, tokenizer, prompt)) for fact in gone for prompt in fact.prompts()]
         teach(taught.adapter, taught.parameters, tokenizer, taught_pairs(new) + first, steps, rate / 2)

@@ -17,13 +17,32 @@ from memlib.pretrained.saved_module import SavedModule
 
 def load_named(config: Config) -> Any:
     """The base that a configuration names."""
+    return load_with_tokenizer(config)[0]
+
+
+def load_with_tokenizer(config: Config, download: bool = False) -> tuple[Any, Any]:
+    """The base that a configuration names, and its tokenizer with the configured chat template, if any.
+
+    download: allow a hub model to be fetched.
+    """
     from memlib.pretrained.weights import load_base
 
-    if config.adapter.base_model_name is None:
+    options = config.adapter
+    if options.base_model_name is None:
         raise ConfigError(
             "adapter.base_model_name = null: name a pretrained model, or call MemoryAdapter(config, base)"
         )
-    return load_base(config.adapter.base_model_name)[0]
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[options.base_dtype]
+    base, tokenizer = load_base(options.base_model_name, dtype, download=download)
+    return base, with_chat_template(tokenizer, config)
+
+
+def with_chat_template(tokenizer: Any, config: Config) -> Any:
+    """The tokenizer with `task.instructions.chat_template`, if that is set."""
+    template = config.task.instructions.chat_template
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def refuse_base(base: Any) -> None:

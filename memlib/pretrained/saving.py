@@ -116,6 +116,11 @@ def load_adapter(
     return adapter.eval()
 
 
+def saved_config(folder: str | os.PathLike[str]) -> Config:
+    """The configuration of a saved adapter; ValueError for files that are missing, damaged or mixed."""
+    return from_dict(Config, read_files(Path(folder))[0]["config"])
+
+
 def push_adapter(
     adapter: MemoryAdapter,
     repo_id: str,

@@ -74,11 +74,11 @@ def find(name: str, download: bool = False) -> Path:
         )
     except (OSError, ValueError) as error:
         if hub.is_offline_mode():
-            remedy = "HF_HUB_OFFLINE forbids fetching it; unset it and pass download=True"
+            remedy = "HF_HUB_OFFLINE forbids fetching it; unset it and pass download=True (--download)"
         elif download:
             remedy = "it could not be fetched; check the name and the connection"
         else:
-            remedy = "pass download=True to fetch it"
+            remedy = "pass download=True to fetch it (--download on the command line)"
         raise WeightsError(
             f"{name!r}: not a local folder, and not in the hub's local cache; {remedy}, or use {NAME} "
             f"({error})"

@@ -20,7 +20,7 @@ from memlib.tasks.row_stream import Row, RowStream, check_same
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FIELD = "instructions"
+FIELD = "task.instructions"
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 MARKS_ASSISTANT = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -151,8 +151,8 @@ def encode(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, max_
         return Example([], [])
     if not tokenizer.chat_template:
         raise ValueError(
-            "the tokenizer has no chat template, as those of base models; set tokenizer.chat_template, or "
-            "use the tokenizer of an instruction-tuned model"
+            f"the tokenizer has no chat template, as those of base models; set {FIELD}.chat_template, or "
+            "use an instruction-tuned model"
         )
     if not tokenizer.is_fast:
         raise ValueError(

@@ -25,7 +25,7 @@ from memlib.tasks.text import TEST_SHARE, batches_of, contiguous_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FIELD = "documents"
+FIELD = "task.documents"
 TOKENISED_TOGETHER = 256  # documents
 
 

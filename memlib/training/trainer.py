@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from memlib.config import (
     Config,
     ConfigError,
     TaskConfig,
-    from_dict,
     load_config,
     override,
     save_config,
@@ -42,12 +40,12 @@ from memlib.training.checkpoint import (
     save_checkpoint,
     set_seed,
 )
+from memlib.training.divergence import TrainingDiverged, check_finite
 from memlib.training.log import RunLog
 from memlib.training.optimizer import make_optimizer, make_schedule
+from memlib.training.resume import checkpoint_to_resume, progress_of, resume_checkpoint
 
-
-class TrainingDiverged(RuntimeError):
-    """The loss or a gradient is not finite; the message names the step, the parameters and remedies."""
+__all__ = ["Trainer", "TrainingDiverged", "load_model", "load_run"]
 
 
 class Trainer:
@@ -57,13 +55,18 @@ class Trainer:
     >>> trainer.train()
     >>> trainer.evaluate().accuracy
 
-    Raises ConfigError if the task does not fit the model, and FileExistsError if the folder already holds a
-    run and resume is false.
+    Raises ConfigError if the task does not fit the model or a pretrained base is named, and FileExistsError
+    if the folder already holds a run and resume is false.
     """
 
     def __init__(
         self, config: Config, folder: str | os.PathLike[str] | None = None, resume: bool = False
     ) -> None:
+        if config.adapter.base_model_name is not None:
+            raise ConfigError(
+                f"adapter.base_model_name = {config.adapter.base_model_name!r}: this trains a model from "
+                "scratch; use memlib train or memlib.pretrained.finetune.Finetuning"
+            )
         self.config, training = config, config.training
         torch.set_num_threads(training.num_threads)
         set_seed(training.seed)
@@ -141,8 +144,7 @@ class Trainer:
             loss, right, routing = loss + batch_loss, right + batch_right, routing + batch_routing
         limit = training.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingDiverged(self.diagnose(loss, norm))
+        check_finite(loss, norm, self.step, self.model, self.optimizer, training.max_grad_norm, self.folder)
         rates = {f"lr_{g['name']}": g["lr"] for g in self.optimizer.param_groups}
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -213,35 +215,10 @@ class Trainer:
         task = self.task if same else make_task(config, self.config.model.segment_length)
         return evaluate(self.model, task, examples or self.config.training.eval_examples, memory=memory)
 
-    def diagnose(self, loss: float, norm: float) -> str:
-        """The message of `TrainingDiverged`."""
-
-        def bad(tensor: Tensor | None) -> bool:
-            return tensor is not None and not bool(torch.isfinite(tensor).all())
-
-        named = list(self.model.named_parameters())
-        weights = [name for name, p in named if bad(p)]
-        gradients = [name for name, p in named if bad(p.grad)]
-        first = f"weights not finite: {weights[0]}" if weights else "all weights are finite"
-        if gradients:
-            first += f"; {len(gradients)} of {len(named)} gradients are not finite, first {gradients[0]}"
-        rates = ", ".join(f"{g['name']} {g['lr']:.1e}" for g in self.optimizer.param_groups)
-        saved = latest_checkpoint(self.folder) if self.folder else None
-        return (
-            f"step {self.step}: loss {loss}, gradient norm {norm}; {first}. Rates: {rates}. "
-            f"Last checkpoint: {saved or 'none'}. "
-            "Try a smaller learning rate, a longer warm-up, or training.max_grad_norm below "
-            f"{self.config.training.max_grad_norm}"
-        )
-
     # -------------------------------------------------------------------------------- save and resume
 
     def open_folder(self, folder: Path, resume: bool) -> None:
-        found = latest_checkpoint(folder)
-        if found is not None and not resume:
-            raise FileExistsError(
-                f"{folder} already holds a run ({found.name}): resume it (--resume) or choose another folder"
-            )
+        found = checkpoint_to_resume(folder, resume)
         folder.mkdir(parents=True, exist_ok=True)
         if found is not None:
             self.load(found)
@@ -251,12 +228,7 @@ class Trainer:
         """Write a checkpoint of the current step and delete the oldest ones."""
         if self.folder is None:
             raise ValueError("this trainer has no folder to save in: use Trainer(config, folder=…)")
-        progress = {
-            "step": self.step,
-            "cpu_seconds": self.cpu_seconds,
-            "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
-            "config": to_dict(self.config),
-        }
+        progress = progress_of(self.step, self.cpu_seconds, self.schedule, self.config)
         path = self.folder / "checkpoints" / f"step-{self.step:07d}"
         if not path.exists():
             save_checkpoint(self.model, path, self.optimizer, self.carried, progress)
@@ -268,25 +240,11 @@ class Trainer:
 
         If they change the position of a text's rows, the memory starts from an empty state.
         """
-        progress, memory = load_checkpoint(path)
-        # Options that a later version has added keep their defaults.
-        saved, mine = to_dict(from_dict(Config, progress["config"])), to_dict(self.config)
-        for group in ("model", "memory", "task"):
-            if saved[group] != mine[group]:
-                raise CheckpointError(
-                    f"{path}: saved with another {group} configuration; resume with that run's config.yaml"
-                )
-        rates = self.schedule.base_lrs
-        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-        load_checkpoint(path, self.model, self.optimizer, restore_random=True)
-        self.step, self.cpu_seconds = progress["step"], progress["cpu_seconds"]
-        self.schedule.load_state_dict(
-            progress["schedule"] | {"lr_lambdas": [None] * len(rates), "base_lrs": rates}
+        progress, memory = resume_checkpoint(
+            Path(path), self.model, self.optimizer, self.schedule, self.config, ("model", "memory", "task")
         )
-        for options, rate, decay, factor in zip(
-            self.optimizer.param_groups, rates, decays, self.schedule.lr_lambdas, strict=True
-        ):
-            options.update(initial_lr=rate, lr=rate * factor(self.step), weight_decay=decay)
+        self.step, self.cpu_seconds = progress["step"], progress["cpu_seconds"]
+        saved, mine = progress["config"], to_dict(self.config)
         data_position = ("seed", "batch_size", "gradient_accumulation_steps")
         self.carried = None
         if memory is not None and all(

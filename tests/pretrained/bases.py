@@ -144,6 +144,30 @@ def adapter(
     return model
 
 
+# -------------------------------------------------------------------------------------------------- data
+
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+BYTES = 257  # values, with the token that ends a text
+
+
+def byte_tokenizer(template: str | None = CHAT) -> Any:
+    """Bytes, with a token that ends documents and messages."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<end>": 0} | {letter: i for i, letter in enumerate(alphabet, 1)}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<end>", pad_token="<end>", chat_template=template
+    )
+
+
 # -------------------------------------------------------------------------------------------- LoRA and PEFT
 
 

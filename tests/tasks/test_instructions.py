@@ -269,7 +269,7 @@ def test_a_resumed_iterator_is_an_uninterrupted_one(tiny, dataset, options):
 def test_data_without_a_label_is_refused_instead_of_read_forever(tiny, dataset, options, epochs):
     tokenizer = with_template(tiny, CHAT)
     config = InstructionsConfig(dataset=dataset, max_length=5, **options)
-    with pytest.raises(ValueError, match=r"no conversation has .* raise instructions\.max_length"):
+    with pytest.raises(ValueError, match=r"no conversation has .* raise task\.instructions\.max_length"):
         next(Instructions(config, tokenizer, 4, epochs=epochs))
 
 
@@ -306,5 +306,5 @@ def test_what_a_template_cannot_do_is_said(tiny):
 
 
 def test_the_default_data_is_not_fetched_unless_allowed(tiny):
-    with pytest.raises(ValueError, match=r"ultrachat_200k.*set instructions\.download: true to fetch it"):
+    with pytest.raises(ValueError, match=r"ultrachat_200k.*set task\.instructions\.download: true"):
         Instructions(InstructionsConfig(), with_template(tiny, CHAT), 4)

@@ -173,9 +173,9 @@ def test_what_cannot_be_packed_is_said(config, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="split = 'valid'"):
         packed(config(), tokenizer, 2, split="valid")
     for options in ({}, STREAM):
-        with pytest.raises(ValueError, match=r"documents\.text_field = 'body': .* has the columns text"):
+        with pytest.raises(ValueError, match=r"^task\.documents\.text_field = 'body': .* the columns text"):
             next(packed(config(text_field="body", **options), tokenizer, 2))
-        with pytest.raises(ValueError, match=r"dataset = 'memlib/none'.*documents\.download: true"):
+        with pytest.raises(ValueError, match=r"dataset = 'memlib/none'.*task\.documents\.download: true"):
             packed(config(dataset="memlib/none", **options), tokenizer, 2)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="has no eos token"):
