@@ -197,6 +197,18 @@ def test_the_loss_of_a_step_is_the_mean_over_the_assistants_tokens(config, tmp_p
         torch.testing.assert_close(gradient, wanted[name], atol=1e-6, rtol=1e-4)
 
 
+def test_padding_counts_for_nothing(config, tmp_path):
+    """Not for the loss of the gate either, which the padding's own hidden states would change."""
+    run = start(config({"adapter.gate_cost": 1.0, "memory.kinds": ["internal"]}), tmp_path)
+    with torch.no_grad():
+        run.adapter.branch(1).gate.weight.normal_(generator=torch.Generator().manual_seed(0))
+    run.adapter.train()
+    batch = next(run.data)
+    assert int((batch["attention_mask"] == 0).sum()) > 8
+    other = batch | {"input_ids": batch["input_ids"].where(batch["attention_mask"] == 1, 77)}
+    assert run.backward(batch, 10) == pytest.approx(run.backward(other, 10), rel=1e-6)
+
+
 def test_two_conversations_are_learned_and_the_base_stays(config, tmp_path):
     changes = {
         "training.max_steps": 60,
