@@ -26,6 +26,7 @@ from memlib.models.protocol import RecurrentModel
 FORMAT = "memlib memory state 1"
 SAMPLED = 64  # values of each parameter that enter the fingerprint
 RANDOM = "random"
+KINDS_OF_0_1 = ("internal", "external", "hds", "ltm", "ring", "chapters")
 
 
 class StateError(ValueError):
@@ -66,7 +67,7 @@ def load_state(path: str | os.PathLike[str], model: RecurrentModel) -> tuple[Mem
         raise StateError(f"{path}: incomplete or damaged state file ({error}); start a new one") from None
     if about.get("format") != FORMAT:
         raise StateError(f"{path}: format {about.get('format')!r}, not {FORMAT!r}; start a new one")
-    if about["model"] not in (fingerprint(model), fingerprint(model, version=1)):
+    if about["model"] not in [fingerprint(model, version) for version in (3, 2, 1)]:
         raise StateError(
             f"{path}: of another model, or of this model with other weights; open it with the checkpoint "
             "that wrote it, or start a new one"
@@ -79,17 +80,23 @@ def load_state(path: str | os.PathLike[str], model: RecurrentModel) -> tuple[Mem
 
 
 @torch.no_grad()
-def fingerprint(model: RecurrentModel, version: int = 2) -> str:
+def fingerprint(model: RecurrentModel, version: int = 3) -> str:
     """A hash of the configuration and of sampled weights.
 
-    version 1: the hash of memlib 0.1, in which a single sharpness was a parameter without an axis.
+    version 3 leaves out the options of memories that the model does not have; 2 has those that memlib 0.1
+    knew; 1 is the hash of memlib 0.1, in which a single sharpness was a parameter without an axis.
     """
     lone = [
         f"{name}.sharpness"
         for name, m in model.named_modules()
         if isinstance(m, (SlotAddress, MemoryAttention))
     ]
-    config = [to_dict(part) for part in (model.config.model, model.config.memory)]
+    memory = to_dict(model.config.memory)
+    kept = {*model.config.memory.kinds, *(KINDS_OF_0_1 if version < 3 else ())}
+    memory = {name: value for name, value in memory.items() if name in kept or not isinstance(value, dict)}
+    config = [to_dict(model.config.model), memory]
+    if model.config.adapter.base_model_name is not None:
+        config.append(to_dict(model.config.adapter))
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, parameter in model.named_parameters():
         flat = rearrange(parameter, "... -> (...)")
