@@ -319,15 +319,18 @@ def teach_run(config: Config, folder: Path, download: bool = False) -> dict[str,
     return {"facts": len(facts), "steps": training.max_steps, "cpu_seconds": seconds, **scores}
 
 
-def edit(arm: str, rate: float, count: int = 20, steps: int = 20) -> dict[str, Any]:
+def edit(
+    arm: str, rate: float, count: int = 20, steps: int = 20, taught: Taught | None = None
+) -> dict[str, Any]:
     """Teach, then replace some facts and delete others: what do the rest lose? Recall of each group.
 
     Facts: the values of the replaced are trained anew, the deleted are forgotten by one call. LoRA: the
-    replaced are trained with their new answers, the deleted towards what the base says.
+    replaced are trained with their new answers, the deleted towards what the base says. taught: by
+    `teach_arm` with seed 0; None teaches first.
     """
     base, tokenizer = load_base(BASE)
     facts = make_facts(COUNT, 0)
-    taught = teach_arm(arm, base, tokenizer, facts, rate, 0)
+    taught = taught or teach_arm(arm, base, tokenizer, facts, rate, 0)
     draw = random.Random(0)
     chosen = draw.sample(range(COUNT), 2 * count)
     replaced, deleted = chosen[:count], chosen[count:]
