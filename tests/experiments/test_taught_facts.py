@@ -1,4 +1,4 @@
-"""The stored comparison of ways to teach facts: of the arms in the code, with the claims that are made of it."""
+"""The stored comparison of ways to teach facts: of the arms in the code, with the claims made of it."""
 
 from __future__ import annotations
 
