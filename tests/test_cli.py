@@ -402,7 +402,7 @@ def test_an_adapters_state_carries_what_was_said(pretrained, capsys):
             ["train", "mine.yaml", "adapter.base_model_name=./nowhere"],
             "no such folder; name a folder, a model",
         ),
-        (["train", "mine.yaml", "adapter.base_model_name=memlib/none"], "--download on the command line"),
+        (["train", "mine.yaml", "adapter.base_model_name=memlib/none"], "not in the hub's local cache"),
         (
             ["train", "mine.yaml", "task.instructions.dataset=no.jsonl"],
             "task.instructions.dataset = 'no.jsonl'",

@@ -27,6 +27,7 @@ SIZES = {
     "ring": {"short_slots": 32, "long_slots": 32, "slot_dim": 8},
     "external": {"capacity": 256, "top_k": 4},
     "chapters": {"num_memory_tokens": 16, "num_chapters": 4, "tokens_per_chapter": 4, "top_k_chapters": 2},
+    "facts": {"num_facts": 8, "keys_per_fact": 2, "start": "random"},
 }
 
 
