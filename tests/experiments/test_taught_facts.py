@@ -79,5 +79,5 @@ def test_the_notebook_shows_the_means_of_the_stored_runs():
         found = runs(arm)
         measured = [mean(r[name] for r in found) for name in ("taught", "unseen")]
         measured += [mean(r[text] - base(r["seed"])[text] for r in found) for text in ("prose", "code")]
-        measured.append(mean(r["cpu_seconds"] for r in found))
-        assert values == pytest.approx(measured, abs=6e-4), arm
+        assert values[:-1] == pytest.approx(measured, abs=6e-4), arm
+        assert values[-1] == pytest.approx(mean(r["cpu_seconds"] for r in found), abs=0.06), arm
