@@ -270,7 +270,7 @@ def card(adapter: MemoryAdapter) -> str:
     if adapter.stack.layers:
         layers = ", ".join(map(str, adapter.stack.layers))
         added.append(
-            f"- memories ({', '.join(memory.kinds)}) after layers {layers}, width {options.width or 'of the base'}, segments "
+            f"- memories ({', '.join(memory.kinds)}) after layers {layers}, width {adapter.width}, segments "
             f"of {adapter.segment_length} tokens, mode `{options.mode}`"
         )
     if options.lora:
