@@ -42,7 +42,7 @@ def lesson_model() -> LessonModel:
             "the mechanics are the same, its answers are not those of a pretrained model."
         )
         tokenizer = word_tokenizer()
-        return LessonModel(trained(tokenizer), tokenizer, 1, False)
+        return LessonModel(trained(tokenizer), tokenizer, 0, False)
     print(f"{NAME}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million parameters")
     return LessonModel(model, tokenizer, 12, True)
 
