@@ -7,7 +7,7 @@ open segment, d hidden, h heads, k head width, v vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -59,6 +59,14 @@ class MemoryState(State):
 
     memories: tuple[State, ...]
     window: Window
+
+    def reset(self, rows: Tensor, fresh: tuple[State, ...]) -> Self:
+        """The same state, but some rows have fresh memories and nothing in the window; rows: [b]."""
+        return replace(
+            self,
+            memories=tuple(old.where(~rows, new) for old, new in zip(self.memories, fresh, strict=True)),
+            window=self.window.where(~rows, self.window.map(torch.zeros_like)),
+        )
 
     def load(self, tensors: Mapping[str, Tensor]) -> Self:
         """`State.load`; also takes the names that version 0.1 wrote: `banks` for `memories`, no ids."""

@@ -118,11 +118,7 @@ class MemoryTransformer(nn.Module):
 
     def reset(self, state: MemoryState, rows: Tensor) -> MemoryState:
         """Forget everything of some rows (a new document, a new user); rows: [b] true = forget."""
-        fresh = self.stack.init_state(state.window.mask.shape[0])
-        return MemoryState(
-            memories=tuple(old.where(~rows, new) for old, new in zip(state.memories, fresh, strict=True)),
-            window=state.window.where(~rows, state.window.map(torch.zeros_like)),
-        )
+        return state.reset(rows, self.stack.init_state(state.window.mask.shape[0]))
 
     # ------------------------------------------------------------------------------------ the forward
 

@@ -210,11 +210,7 @@ class MemoryAdapter(SavedModule):
 
     def reset(self, state: MemoryState, rows: Tensor) -> MemoryState:
         """Forget everything of some rows; rows: [b] true = forget."""
-        fresh = self.stack.init_state(state.window.mask.shape[0])
-        return MemoryState(
-            tuple(old.where(~rows, new) for old, new in zip(state.memories, fresh, strict=True)),
-            state.window.where(~rows, state.window.map(torch.zeros_like)),
-        )
+        return state.reset(rows, self.stack.init_state(state.window.mask.shape[0]))
 
     def new_context(self, state: MemoryState) -> MemoryState:
         """The same memories for a base that starts anew: a second document, a later conversation."""

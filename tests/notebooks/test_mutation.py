@@ -40,7 +40,7 @@ MUTANTS = {
     ),
     "reset forgets nothing": (
         "00_start_here",
-        "models/transformer.py",
+        "models/state.py",
         "old.where(~rows, new) for old, new",
         "old for old, new",
     ),
