@@ -7,7 +7,8 @@ fused kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -32,6 +33,15 @@ class HookPoint(nn.Module):
             tensor = value if isinstance(value, Tensor) else value()
             for listener in self.listeners:
                 listener(tensor)
+
+    @contextmanager
+    def listening(self, listener: Listener) -> Iterator[None]:
+        """Inside, a listener gets what passes here."""
+        self.listeners.append(listener)
+        try:
+            yield
+        finally:
+            self.listeners.remove(listener)
 
     def extra_repr(self) -> str:
         return f"{self.name}: {' '.join(self.axes)}"

@@ -23,7 +23,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from memlib.memory.external.columns import Shape
 from memlib.memory.external.store import Store
 from memlib.nn.linear import unit
-from memlib.pretrained.teaching import IGNORED, Pair, batch_of
+from memlib.pretrained.teaching import Pair, batch_of
+from memlib.tasks.instructions import IGNORED
 
 
 class NearestNeighbourLM(nn.Module):

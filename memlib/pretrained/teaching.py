@@ -14,6 +14,7 @@ Axes: b batch, t tokens, n prompts, f facts, p prompts of a fact, d hidden.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ from torch.nn import functional as F
 
 from memlib.memory.facts import FactMemory
 from memlib.models.eval_mode import eval_mode
+from memlib.tasks.instructions import IGNORED
 
 Pair = tuple[str, str]  # a prompt, and how it goes on
-IGNORED = -100
 
 
 def batch_of(tokenizer: Any, pairs: Sequence[Pair]) -> dict[str, Tensor]:
@@ -135,22 +136,19 @@ def write_facts(adapter: Any, tokenizer: Any, facts: Sequence[tuple[Sequence[str
     found = [subject_end(tokenizer, prompt, subject) for many, subject in facts for prompt in many]
     memories = fact_memories(adapter)
     means: list[list[Tensor]] = [[] for _ in memories]
-    seen: list[Tensor] = []
-    for memory in memories:
-        memory.mean_point.listeners.append(seen.append)
     with eval_mode(adapter):
         for start in range(0, len(found), 50):
             part = found[start : start + 50]
             ids, mask = padded([ids for ids, _ in part])
-            seen.clear()
-            adapter(ids, attention_mask=mask)
-            pieces = len(seen) // len(memories)  # a prompt longer than a segment is read in pieces
+            seen: list[list[Tensor]] = [[] for _ in memories]  # several, of a prompt longer than a segment
+            with ExitStack() as stack:
+                for memory, pieces in zip(memories, seen, strict=True):
+                    stack.enter_context(memory.mean_point.listening(pieces.append))
+                adapter(ids, attention_mask=mask)
             rows = torch.arange(len(part))
             places = torch.tensor([ids.shape[1] - len(row) + place for row, place in part])
-            for i, many in enumerate(means):
-                many.append(torch.cat(seen[i * pieces : (i + 1) * pieces], 1)[rows, places])
-    for memory in memories:
-        memory.mean_point.listeners.remove(seen.append)
+            for many, pieces in zip(means, seen, strict=True):
+                many.append(torch.cat(pieces, 1)[rows, places])
     written = [
         memory.write_facts(rearrange(torch.cat(many), "(f p) d -> f p d", f=len(facts)))
         for memory, many in zip(memories, means, strict=True)
