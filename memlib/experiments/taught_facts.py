@@ -35,16 +35,14 @@ from memlib.pretrained.teaching import (
     answer_logits,
     fact_memories,
     recall,
-    recalled,
     teach,
     write_facts,
 )
 from memlib.pretrained.weights import load_base
-from memlib.tasks.facts import Fact, make_facts
+from memlib.tasks.facts import RELATIONS, Fact, make_facts
 
 BASE = "smollm2-135m-instruct"
 COUNT, STEPS = 100, 32
-LAYER = 12
 TEXT_TOKENS, TEXT_ROWS = 256, 4
 
 LEARNED = {
@@ -95,6 +93,14 @@ def unseen_pairs(facts: list[Fact]) -> list[Pair]:
     return [(prompt, fact.completion) for fact in facts for prompt in fact.prompts(unseen=True)]
 
 
+def recall_of(model: Any, tokenizer: Any, facts: list[Fact]) -> dict[str, float]:
+    """Recall of facts in taught and in unseen phrasings."""
+    return {
+        "taught": recall(model, tokenizer, taught_pairs(facts)),
+        "unseen": recall(model, tokenizer, unseen_pairs(facts)),
+    }
+
+
 def texts() -> dict[str, str]:
     """Text that has nothing to do with the facts, on every machine with Python: prose and code."""
     topics = itertools.islice(pydoc_data.topics.topics.values(), 5, 25)
@@ -121,12 +127,9 @@ def strangers(model: Any, base: Any, tokenizer: Any, facts: list[Fact]) -> float
 
 def measure(model: Any, base: Any, tokenizer: Any, facts: list[Fact]) -> dict[str, float]:
     """Recall on taught and unseen prompts, loss on unrelated text, and what happened to strangers."""
-    taught = recalled(model, tokenizer, taught_pairs(facts))
-    unseen = recalled(model, tokenizer, unseen_pairs(facts))
     losses = {name: unrelated_loss(model, tokenizer, text) for name, text in texts().items()}
     return {
-        "taught": sum(taught) / len(taught),
-        "unseen": sum(unseen) / len(unseen),
+        **recall_of(model, tokenizer, facts),
         **losses,
         "strangers": strangers(model, base, tokenizer, facts),
     }
@@ -200,8 +203,7 @@ def run_untrained(arm: str, base: Any, tokenizer: Any, seed: int) -> dict[str, A
     if arm == "prompt":
         for name, make in (("taught", taught_pairs), ("unseen", unseen_pairs)):
             pairs = [(f"{fact.statement} {prompt}", a) for fact in facts for prompt, a in make([fact])]
-            found = recalled(model, tokenizer, pairs)
-            result[name] = sum(found) / len(found)
+            result[name] = recall(model, tokenizer, pairs)
     return result
 
 
@@ -314,8 +316,7 @@ def teach_run(config: Config, folder: Path, download: bool = False) -> dict[str,
     known = [{"statement": f.statement, "prompts": f.prompts(), "answer": f.answer} for f in facts]
     write_text(folder / "taught.json", json.dumps(known, indent=1) + "\n")
     adapter.save_pretrained(folder / ADAPTER)
-    asked = {"taught": taught_pairs(facts), "unseen": unseen_pairs(facts)}
-    scores = {name: recall(adapter, tokenizer, pairs) for name, pairs in asked.items()}
+    scores = recall_of(adapter, tokenizer, facts)
     return {"facts": len(facts), "steps": training.max_steps, "cpu_seconds": seconds, **scores}
 
 
@@ -337,7 +338,7 @@ def edit(
     kept = [fact for i, fact in enumerate(facts) if i not in chosen]
     new = [Fact(facts[i].subject, facts[i].relation, other_answer(facts[i], draw)) for i in replaced]
     gone = [facts[i] for i in deleted]
-    report: dict[str, Any] = {"arm": arm, "rate": rate, "before": share(taught, tokenizer, kept)}
+    report: dict[str, Any] = {"arm": arm, "rate": rate, "before": recall_of(taught.adapter, tokenizer, kept)}
     start = time.process_time()
     if taught.places is None:
         alone = load_base(BASE)[0]
@@ -347,9 +348,9 @@ def edit(
         rewrite(taught, tokenizer, replaced, deleted, new, steps, rate)
     report |= {
         "cpu_seconds": round(time.process_time() - start, 1),
-        "kept": share(taught, tokenizer, kept),
-        "replaced": share(taught, tokenizer, new),
-        "deleted": share(taught, tokenizer, gone),
+        "kept": recall_of(taught.adapter, tokenizer, kept),
+        "replaced": recall_of(taught.adapter, tokenizer, new),
+        "deleted": recall_of(taught.adapter, tokenizer, gone),
     }
     taught.adapter.detach()
     return report
@@ -371,30 +372,15 @@ def rewrite(
         memory.forget_facts(taught.places[deleted])
     before = [memory.values.detach().clone() for memory in memories]
     teach(taught.adapter, taught.parameters, tokenizer, taught_pairs(new), steps, rate)
-    for memory, values in zip(
-        memories, before, strict=True
-    ):  # a near key reads, and trains, a little of each
+    for memory, values in zip(memories, before, strict=True):  # near keys train a little of each other
         others = torch.ones(len(values), dtype=torch.bool)
         others[taught.places[replaced]] = False
         with torch.no_grad():
             memory.values[others] = values[others]
 
 
-def share(taught: Taught, tokenizer: Any, facts: list[Fact]) -> dict[str, float]:
-    """Recall of some facts in taught and unseen phrasings."""
-    return {
-        name: sum(found) / len(found)
-        for name, found in (
-            ("taught", recalled(taught.adapter, tokenizer, taught_pairs(facts))),
-            ("unseen", recalled(taught.adapter, tokenizer, unseen_pairs(facts))),
-        )
-    }
-
-
 def other_answer(fact: Fact, draw: random.Random) -> str:
     """Another answer of the same relation."""
-    from memlib.tasks.facts import RELATIONS
-
     return draw.choice([word for word in RELATIONS[fact.relation].answers if word != fact.answer])
 
 
