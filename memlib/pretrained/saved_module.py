@@ -6,6 +6,7 @@ transformers' Trainer calls `state_dict` and `load_state_dict`, so its checkpoin
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, cast
@@ -13,7 +14,8 @@ from typing import Any, Self, cast
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from memlib.pretrained.saving import load_adapter, push_adapter, save_adapter
+from memlib.pretrained.extras import extra
+from memlib.pretrained.saving import load_adapter, save_adapter
 
 
 class SavedModule(nn.Module):
@@ -76,13 +78,27 @@ class SavedModule(nn.Module):
         revision: str | None = None,
         create_pr: bool = False,
     ) -> str:
-        """Save to a repository on the hub; returns its address. ConnectionError if it cannot be reached."""
-        return push_adapter(
-            cast(Any, self),
-            repo_id,
-            private=private,
-            commit_message=commit_message,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        """Save to a repository on the hub, which is created if it does not exist; returns its address.
+
+        Raises ConnectionError, with the reason and another way, if the hub cannot be reached.
+        """
+        hub = extra("huggingface_hub")
+        client_error = extra("huggingface_hub.errors").HfHubHTTPError.__base__  # also of a refused connection
+        with tempfile.TemporaryDirectory() as scratch:
+            self.save_pretrained(scratch)
+            try:
+                hub.create_repo(repo_id, token=token, private=private, exist_ok=True)
+                done = hub.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=scratch,
+                    commit_message=commit_message,
+                    token=token,
+                    revision=revision,
+                    create_pr=create_pr,
+                )
+            except (OSError, client_error) as error:
+                raise ConnectionError(
+                    f"push_to_hub({repo_id!r}): the hub did not accept the upload ({error}). Offline: "
+                    "save_pretrained(folder) now and `hf upload` the folder later; else check name and token"
+                ) from error
+        return str(done)

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,42 +118,6 @@ def load_adapter(
 def saved_config(folder: str | os.PathLike[str]) -> Config:
     """The configuration of a saved adapter; ValueError for files that are missing, damaged or mixed."""
     return from_dict(Config, read_files(Path(folder))[0]["config"])
-
-
-def push_adapter(
-    adapter: MemoryAdapter,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    commit_message: str = "Upload memory adapter",
-    token: str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-) -> str:
-    """Save an adapter to a repository on the hub, which is created if it does not exist; returns its address.
-
-    Raises ConnectionError, with the reason and another way, if the hub cannot be reached.
-    """
-    hub = extra("huggingface_hub")
-    client_error = extra("huggingface_hub.errors").HfHubHTTPError.__base__  # also of a refused connection
-    with tempfile.TemporaryDirectory() as scratch:
-        save_adapter(adapter, scratch)
-        try:
-            hub.create_repo(repo_id, token=token, private=private, exist_ok=True)
-            done = hub.upload_folder(
-                repo_id=repo_id,
-                folder_path=scratch,
-                commit_message=commit_message,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-            )
-        except (OSError, client_error) as error:
-            raise ConnectionError(
-                f"push_to_hub({repo_id!r}): the hub did not accept the upload ({error}). Offline: "
-                "save_pretrained(folder) now and `hf upload` the folder later; else check name and token"
-            ) from error
-    return str(done)
 
 
 # ------------------------------------------------------------------------------------------------- the base
