@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import socket
 
 import pytest
 
@@ -65,3 +66,14 @@ def peer(lacking):
         return importlib.import_module(name)
 
     return peer_
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """A test that asks the network fails."""
+
+    def refuse(*_, **__):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)

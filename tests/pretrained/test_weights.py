@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import zipfile
@@ -19,15 +18,6 @@ from memlib.pretrained.weights import load_base
 
 PROMPT = "The quick brown fox jumps over the lazy dog."
 GGUF_LOSS = 4.011654
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Conversations as batches: labels on the assistant's tokens only, whatever the template, and none lost."""
 
 import json
-import socket
 from itertools import islice
 
 import pytest
@@ -49,13 +48,7 @@ CONVERSATIONS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Packed documents: no token is lost or repeated, rows continue, and a resumed iterator misses nothing."""
 
 import json
-import socket
 from itertools import islice
 
 import pytest
@@ -14,13 +13,7 @@ TEXTS = [f"document {i}:" + f" word{i}" * (i * 7 % 23) + " é漢" for i in range
 EOS = 0
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 @pytest.fixture
