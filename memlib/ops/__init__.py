@@ -4,42 +4,7 @@ Each function `name` has a reference `name_reference` in the same file, written 
 same arguments, same answer. Only the implementation behind a name changes with device and mode.
 """
 
-from memlib.ops.addressed import (
-    addressed_read,
-    addressed_read_reference,
-    addressed_weights,
-    addressed_weights_reference,
-    read_at,
-)
-from memlib.ops.attention import (
-    attention,
-    attention_reference,
-    attention_with_lse,
-    attention_with_lse_reference,
-    merge,
-    merge_reference,
-    merge_weight,
-    softmax_or_zero,
-)
-from memlib.ops.gated_write import (
-    decaying_write,
-    decaying_write_reference,
-    gated_write,
-    gated_write_reference,
-)
-from memlib.ops.memory_attention import (
-    memory_attention,
-    memory_attention_reference,
-    memory_attention_weights,
-)
 from memlib.ops.mix import mix, mix_reference
-from memlib.ops.quantized import (
-    dequantize,
-    dequantize_reference,
-    quantized_read,
-    quantized_read_reference,
-)
-from memlib.ops.rms_norm import rms_norm, rms_norm_reference
 from memlib.ops.rolling import (
     newest_tokens,
     newest_tokens_reference,
@@ -56,14 +21,49 @@ from memlib.ops.search import (
     nearest,
     nearest_reference,
 )
-from memlib.ops.selected import (
+from memlib.ops.token_shift import shifted, token_shift, token_shift_reference
+from memlib_kernels.addressed import (
+    addressed_read,
+    addressed_read_reference,
+    addressed_weights,
+    addressed_weights_reference,
+    read_at,
+)
+from memlib_kernels.attention import (
+    attention,
+    attention_reference,
+    attention_with_lse,
+    attention_with_lse_reference,
+    merge,
+    merge_reference,
+    merge_weight,
+    softmax_or_zero,
+)
+from memlib_kernels.gated_write import (
+    decaying_write,
+    decaying_write_reference,
+    gated_write,
+    gated_write_reference,
+)
+from memlib_kernels.memory_attention import (
+    memory_attention,
+    memory_attention_reference,
+    memory_attention_weights,
+)
+from memlib_kernels.quantized import (
+    dequantize,
+    dequantize_reference,
+    quantized_read,
+    quantized_read_reference,
+)
+from memlib_kernels.rms_norm import rms_norm, rms_norm_reference
+from memlib_kernels.selected import (
     selected_scores,
     selected_scores_reference,
     selected_sum,
     selected_sum_reference,
     top_index,
 )
-from memlib.ops.token_shift import shifted, token_shift, token_shift_reference
 
 __all__ = [
     "TIE",

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from memlib.ops.dispatch import eager_cpu
+from memlib_kernels.dispatch import eager_cpu
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from einops import einsum, rearrange, reduce, repeat
 from torch import Tensor
 
-from memlib.ops.dispatch import eager_cpu
-from memlib.ops.selected import COLUMNS_FROM, top_index, top_of_finite
+from memlib_kernels.dispatch import eager_cpu
+from memlib_kernels.selected import COLUMNS_FROM, top_index, top_of_finite
 
 TIE = 1e-4  # of two items whose scores differ by less, the newer comes first
 CACHED = 2**19  # scores computed and searched at a time: 2 MiB

@@ -143,7 +143,7 @@ def cases() -> dict[str, tuple[Callable, Callable, list[Tensor], float]]:
 
 def by_logarithms() -> Callable:
     """The gated write by sums of logarithms, the form that compilers trace."""
-    from memlib.ops.gated_write import gated_write_traced
+    from memlib_kernels.gated_write import gated_write_traced
 
     return gated_write_traced
 

@@ -132,7 +132,7 @@ def test_mask_and_causal_are_refused_together():
 
 def test_the_lse_gradient_is_what_the_comparison_sees(agrees, monkeypatch):
     """Mutant: the lse has no gradient."""
-    module = sys.modules["memlib.ops.attention"]
+    module = sys.modules["memlib_kernels.attention"]
     whole = module.flash_backward
 
     def forgetful(grad_out, grad_lse, *rest):

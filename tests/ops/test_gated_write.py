@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memlib.ops import decaying_write, decaying_write_reference, gated_write, gated_write_reference
-from memlib.ops.gated_write import gated_write_traced
+from memlib_kernels.gated_write import gated_write_traced
 
 SIZES = [(1, 1, 1, 1), (2, 2, 3, 4), (2, 7, 5, 3), (1, 16, 4, 2), (2, 33, 6, 5), (3, 100, 2, 2)]
 
@@ -60,7 +60,7 @@ def test_gated_write_traces(traces):
 
 def test_a_token_that_erases_for_itself_is_noticed(agrees, monkeypatch):
     """Mutant: a token's own erasure also shrinks what it writes."""
-    module = sys.modules["memlib.ops.gated_write"]
+    module = sys.modules["memlib_kernels.gated_write"]
     whole = module.later_products
 
     def eager_erasure(remain):

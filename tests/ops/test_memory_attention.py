@@ -45,7 +45,7 @@ def both(**options):
 @pytest.fixture(params=["flash", "dense"], autouse=True)
 def path(request, monkeypatch):
     """Every test once by either path, whatever the sizes."""
-    module = sys.modules["memlib.ops.memory_attention"]
+    module = sys.modules["memlib_kernels.memory_attention"]
     monkeypatch.setattr(module, "FLASH_FROM", 1 if request.param == "flash" else 2**60)
     return request.param
 
@@ -133,7 +133,7 @@ def test_traces(slots, top_k, traces):
 
 def test_a_slot_that_may_not_be_read_and_is_read_is_noticed(path, agrees, monkeypatch):
     """Mutant: shut slots are read."""
-    module = sys.modules["memlib.ops.memory_attention"]
+    module = sys.modules["memlib_kernels.memory_attention"]
     read = getattr(module, f"read_{path}")
     monkeypatch.setattr(module, f"read_{path}", lambda q, k, v, bias, lse: read(q, k, v, None, lse))
     with pytest.raises(AssertionError):

@@ -1,6 +1,6 @@
 """Which implementation of an operation runs.
 
-Every operation of `memlib.ops` has a reference of plain torch and einops. Plain CPU tensors in eager mode
+Every operation of `memlib_kernels` has a reference of plain torch and einops. Plain CPU tensors in eager mode
 take a faster path that is written by hand. `torch.compile` and `torch.export` trace the reference, unless an
 operation says otherwise: the compiler fuses it, and an exported program contains ATen operators only.
 """

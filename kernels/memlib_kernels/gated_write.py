@@ -27,7 +27,7 @@ from einops import einsum, rearrange, reduce
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlib.ops.dispatch import eager_cpu
+from memlib_kernels.dispatch import eager_cpu
 
 
 def gated_write(slots: Tensor, strength: Tensor, erase: Tensor, values: Tensor) -> Tensor:

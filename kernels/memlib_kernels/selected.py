@@ -22,7 +22,7 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlib.ops.dispatch import eager_cpu
+from memlib_kernels.dispatch import eager_cpu
 
 COLUMNS_FROM, ROWS = 2048, 16  # longer rows are first reduced to the maxima of their columns
 DENSE_BELOW = 16  # with fewer rows than this times j, scattering weights and multiplying is faster

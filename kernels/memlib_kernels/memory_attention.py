@@ -18,8 +18,8 @@ from einops import einsum, rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlib.ops.attention import attention, attention_with_lse, logsumexp, softmax_or_zero
-from memlib.ops.selected import selected_scores, selected_sum, top_index
+from memlib_kernels.attention import attention, attention_with_lse, logsumexp, softmax_or_zero
+from memlib_kernels.selected import selected_scores, selected_sum, top_index
 
 FLASH_FROM = 2**21  # scores from which the flash kernel is faster: 8 MiB, more than a core's cache
 

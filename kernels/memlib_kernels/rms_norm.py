@@ -13,7 +13,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from memlib.ops.dispatch import eager_cpu
+from memlib_kernels.dispatch import eager_cpu
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:

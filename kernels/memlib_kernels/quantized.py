@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlib.ops.attention import attention, attention_reference
+from memlib_kernels.attention import attention, attention_reference
 
 
 def quantized_read(

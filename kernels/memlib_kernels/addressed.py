@@ -17,7 +17,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from memlib.ops.dispatch import eager_cpu
+from memlib_kernels.dispatch import eager_cpu
 
 
 def addressed_weights(query: Tensor, table: Tensor, sharpness: Tensor | float = 1.0) -> Tensor:

@@ -1,0 +1,1 @@
+"""The operations of memory transformers: for each a reference, a CPU path and Triton kernels."""

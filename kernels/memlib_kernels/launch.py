@@ -1,0 +1,80 @@
+"""How kernels are started: compiled on a GPU, or by another runner inside a context manager.
+
+A *runner* is a function that takes a kernel, its grid and its arguments. Without one, `launch` compiles the
+kernel and starts it on the GPU. `interpreted()` (interpreter.py) installs a runner that executes the kernel's
+Python on CPU tensors; `compile_only()` (ahead_of_time.py) one that compiles it and starts nothing. All three
+go through the same launch code, so what is tested without a GPU is what runs on one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """run(kernel, grid, args, constants); target: "sm_90", "gfx942", … or "interpreter"; block: the side of
+    every tile, or None for the table's."""
+
+    run: Callable[[Any, Grid, tuple[Any, ...], dict[str, Any]], None]
+    target: str
+    block: int | None = None
+
+
+_RUNNER: ContextVar[Runner | None] = ContextVar("memlib_kernels_runner", default=None)
+
+
+@contextmanager
+def using(runner: Runner) -> Iterator[None]:
+    """Start all kernels by `runner` inside this block."""
+    token = _RUNNER.set(runner)
+    try:
+        yield
+    finally:
+        _RUNNER.reset(token)
+
+
+def runner() -> Runner | None:
+    return _RUNNER.get()
+
+
+def runs_triton(*tensors: Tensor | None) -> bool:
+    """Whether an operation on these tensors starts Triton kernels.
+
+    On a GPU (CUDA or ROCm) in float16, bfloat16 or float32; anywhere inside `interpreted()` and
+    `compile_only()`. Otherwise torch computes it.
+    """
+    if _RUNNER.get() is not None:
+        return True
+    return all(t is None or (t.is_cuda and t.dtype != torch.float64) for t in tensors)
+
+
+def launch(kernel: Any, grid: Grid, *args: Any, **constants: Any) -> None:
+    """Start a kernel. constants: its `tl.constexpr` arguments, and `num_warps` and `num_stages`."""
+    if 0 in grid:
+        return
+    found = _RUNNER.get()
+    if found is None:
+        kernel[grid](*args, **constants)
+    else:
+        found.run(kernel, grid, args, constants)
+
+
+def target() -> str:
+    """What the current launch is compiled for: "sm_90", "gfx942", …, or "interpreter"."""
+    found = _RUNNER.get()
+    if found is not None:
+        return found.target
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties().gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
