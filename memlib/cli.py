@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "name",
         choices=["recall", "rewrite", "passkey", "mixed", "compression", "slots", "prototype"]
-        + ["age", "banks", "topics", "collapse", "low_rank", "facts"],
+        + ["age", "banks", "topics", "collapse", "low_rank", "facts", "long_context"],
     )
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     command.add_argument(
@@ -289,6 +289,16 @@ def facts_table(seeds: list[int], path: Path) -> int:
     return 0
 
 
+def long_context_table(seeds: list[int], path: Path) -> int:
+    """Run what is missing of the comparison of short windows with a memory, and print its table."""
+    from memlib.experiments.long_context import run_all, to_table
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = run_all(path, seeds=seeds, log=lambda line: print(line, file=sys.stderr))
+    print(f"{to_table(results)}\n\nwritten to {path}")
+    return 0
+
+
 def evaluate(arguments: argparse.Namespace) -> int:
     from memlib.experiments.comparison import measure, to_markdown, write_json
     from memlib.training.trainer import load_run
@@ -379,6 +389,8 @@ def table(arguments: argparse.Namespace) -> int:
 
     if arguments.name == "facts":
         return facts_table(arguments.seeds, arguments.json or arguments.out / "facts.json")
+    if arguments.name == "long_context":
+        return long_context_table(arguments.seeds, arguments.json or arguments.out / "long_context.json")
     configs = named_comparison(arguments.name)
     segments = arguments.segments or LENGTHS.get(arguments.name, [4, 6, 32])
     measures, prepare = MEASURES.get(arguments.name), PREPARED.get(arguments.name)

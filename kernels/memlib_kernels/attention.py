@@ -9,6 +9,8 @@ Two attentions over separate sets of keys, each with its lse, merge into one sof
 
     out = (1 - w) out_a + w out_b,        w = sigma(lse_b - lse_a)
 
+On a GPU a Triton kernel computes it (attention_kernel.py), on a CPU torch's flash kernel; in float64 outside
+the interpreter, and under torch.compile on a CPU, plain torch.
 Sources: Vaswani et al. 2017, arXiv 1706.03762; Dao et al. 2022, arXiv 2205.14135 (lse and its backward pass).
 """
 
@@ -21,6 +23,94 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 from torch.nn import functional as F
+
+from memlib_kernels.attention_op import attention_op
+from memlib_kernels.launch import runs_triton
+from memlib_kernels.merge_op import merge_op
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    valid: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v and the log-sum-exp of its scores, without the [n m] matrix of weights.
+
+    q: [b h n k]; k: [b g m k], v: [b g m e], where h / g query heads share a key head (grouped queries).
+    causal: query i attends to keys 0 … i + m - n, so that the last query sees the last key; window: only to
+    the newest `window` of them (or of all keys up to i + m - n, without causal); valid: [b m], false for keys
+    that nobody may attend to, such as padding; scale: 1 / sqrt(k) by default.
+
+    Returns out [b h n e] and lse [b h n], both differentiable; out is 0 and lse -inf where a query may attend
+    to nothing. Raises ValueError where shapes do not fit.
+    """
+    check_heads(q, k, v, window, valid)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if runs_triton(q, k, v):
+        q, k, v = autocast(q, k, v)
+        valid = None if valid is None else valid.to(torch.uint8)
+        out, lse = attention_op(q, k, v, None, valid, None, causal, window or 0, scale)
+        return out, lse
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    plain = causal and q.shape[-2] == k.shape[-2] and window is None and valid is None
+    mask = None if plain else allowed_keys(q, k, causal, window, valid)
+    if q.dtype == torch.float64:
+        return attention_with_lse_reference(q, k, v, mask, causal=plain, scale=scale)
+    return attention_with_lse(q, k, v, mask, causal=plain, scale=scale)
+
+
+def flash_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    valid: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`flash_attention` with explicit scores."""
+    check_heads(q, k, v, window, valid)
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    mask = allowed_keys(q, k, causal, window, valid)
+    return attention_with_lse_reference(q, k, v, mask, scale=scale)
+
+
+def allowed_keys(
+    q: Tensor, k: Tensor, causal: bool, window: int | None, valid: Tensor | None
+) -> Tensor | None:
+    """Which keys each query may attend to, [n m] or [b 1 n m]; None for all."""
+    n, m = q.shape[-2], k.shape[-2]
+    if not causal and window is None and valid is None:
+        return None
+    key = torch.arange(m, device=q.device)
+    last = rearrange(torch.arange(m - n, m, device=q.device), "n -> n 1")
+    allowed = torch.ones(n, m, dtype=torch.bool, device=q.device)
+    if causal:
+        allowed = allowed & (key <= last)
+    if window is not None:
+        allowed = allowed & (key > last - window)
+    return allowed if valid is None else allowed & rearrange(valid.bool(), "b m -> b 1 1 m")
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor, window: int | None, valid: Tensor | None) -> None:
+    """Raise ValueError where the arguments of `flash_attention` do not fit."""
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not (q.ndim == k.ndim == v.ndim == 4 and len(q) == len(k) == len(v) and k.shape[1:3] == v.shape[1:3]):
+        raise ValueError(f"{shapes}: must be [b h n k], [b g m k] and [b g m e] of one batch size")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"{shapes}: queries and keys must have one width")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{shapes}: {k.shape[1]} key heads must divide {q.shape[1]} query heads")
+    if window is not None and window < 1:
+        raise ValueError(f"window = {window}: at least 1 (a query sees itself), or None for all keys")
+    if valid is not None and valid.shape != (len(k), k.shape[2]):
+        raise ValueError(f"valid {list(valid.shape)}: must be [b m], here {[len(k), k.shape[2]]}")
 
 
 def attention(
@@ -39,6 +129,8 @@ def attention(
     that may attend to nothing. Raises ValueError if both mask and causal are given.
     """
     check_mask(mask, causal)
+    if runs_triton(q, k, v, mask) and q.numel():
+        return by_triton(q, k, v, mask, causal, scale)[0]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
 
 
@@ -70,6 +162,8 @@ def attention_with_lse(
     float32 at least, -inf for a query that may attend to nothing.
     """
     check_mask(mask, causal)
+    if runs_triton(q, k, v, mask) and q.numel():
+        return by_triton(q, k, v, mask, causal, scale)
     q, k, v = autocast(q, k, v)
     learned = mask is not None and mask.is_floating_point() and mask.requires_grad
     empty = not (q.shape[-2] and k.shape[-2] and q.shape[0] and q.shape[1])
@@ -93,6 +187,23 @@ def attention_with_lse_reference(
     score = scores(q, k, mask, causal, scale)
     weight = softmax_or_zero(score)
     return einsum(weight, v.to(weight.dtype), "b h n m, b h m e -> b h n e").to(v.dtype), logsumexp(score)
+
+
+def by_triton(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """`attention_with_lse` by the kernel, whose causal mask ends at the last key, not at the first."""
+    q, k, v = autocast(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if causal and q.shape[-2] != k.shape[-2]:
+        shape = q.shape[-2], k.shape[-2]
+        mask, causal = torch.ones(shape, dtype=torch.bool, device=q.device).tril(), False
+    bias = as_bias(mask, q)
+    bias = None if bias is None else bias[(None,) * (4 - bias.ndim)]
+    if bias is not None and bias.shape[-1] != k.shape[-2]:
+        bias = bias.expand(*bias.shape[:-1], k.shape[-2])
+    out, lse = attention_op(q, k, v, bias, None, None, causal, 0, scale)
+    return out, lse
 
 
 def scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
@@ -125,6 +236,8 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, logit: Ten
     out_a, out_b: [b h n k]; lse_a, lse_b: [b h n]; logit: a number or broadcastable to [b h n] -> [b h n k].
     Where b is shut (lse_b or logit is -inf) the result is out_a, bit for bit.
     """
+    if runs_triton(out_a, lse_a, out_b, lse_b):
+        return merge_op(out_a, lse_a, out_b, (lse_b + logit).expand_as(lse_a))
     weight = merge_weight(lse_a, lse_b, logit)
     return torch.lerp(out_a, out_b, rearrange(weight, "b h n -> b h n 1").to(out_a.dtype))
 

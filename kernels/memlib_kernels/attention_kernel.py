@@ -16,7 +16,8 @@ Each output tile belongs to one program, so sums have one order and the result i
 kernel walks over the keys for dq, another over the queries for dk, dv and dbias.
 
 With `places`, the queries of a group read only the keys whose numbers are listed for them. A row without any
-key gets out = 0 and lse = -inf. Exponentials are taken with base 2, which is the GPU's instruction.
+key gets out = 0 and lse = -inf. The GPU's exponential has base 2: exp(x) = exp2(x log2 e). The factor is
+applied to the difference, whose rounding is small where p is large.
 
 Sources: Dao et al. 2022, arXiv 2205.14135; Dao 2023, arXiv 2307.08691; Milakov and Gimelshein 2018,
 arXiv 1805.02867 (online softmax).
@@ -59,7 +60,7 @@ def masked_scores(
     score, Bias, Valid, rows, keys, inside, n, m, bias_n, bias_m, valid_m,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, VALID: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Scores in base 2 with the bias added and -inf where a query may not attend: [rows keys]."""
+    """Scores with the bias added, and -inf where a query may not attend: [rows keys]."""
     allowed = inside[None, :] & (rows < n)[:, None]
     last = rows + (m - n)  # the last query sees the last key
     if CAUSAL:
@@ -71,10 +72,10 @@ def masked_scores(
         allowed = allowed & (valid != 0)[None, :]
     if BIAS == "key":
         bias = tl.load(Bias + keys.to(tl.int64) * bias_m, mask=inside, other=0.0)
-        score += bias.to(ACC)[None, :] * LOG2E
+        score += bias.to(ACC)[None, :]
     if BIAS == "pair":
         at = Bias + rows.to(tl.int64)[:, None] * bias_n + keys.to(tl.int64)[None, :] * bias_m
-        score += tl.load(at, mask=allowed, other=0.0).to(ACC) * LOG2E
+        score += tl.load(at, mask=allowed, other=0.0).to(ACC)
     return tl.where(allowed, score, float("-inf"))
 
 
@@ -129,21 +130,21 @@ def attention_forward(
             inside = keys >= 0
         k = rows_of(K, keys, k_m, inside, K_WIDTH, BLOCK_K)
         v = rows_of(V, keys, v_m, inside, E_WIDTH, BLOCK_E)
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2E)
+        score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
         score = masked_scores(
             score, Bias, Valid, rows, keys, inside, n, m, bias_n, bias_m, valid_m,
             CAUSAL, WINDOW, BIAS, VALID, ACC,
         )  # fmt: skip
         raised = tl.maximum(top, tl.max(score, 1))
         safe = tl.where(raised == float("-inf"), 0.0, raised)  # no key so far: -inf - -inf would be NaN
-        p = tl.exp2(score - safe[:, None])
-        shrink = tl.exp2(top - safe)
+        p = tl.exp2((score - safe[:, None]) * LOG2E)
+        shrink = tl.exp2((top - safe) * LOG2E)
         total = total * shrink + tl.sum(p, 1)
         mixed = tl.dot(p.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION, out_dtype=ACC)
         top = raised
     empty = total == 0.0
     mixed = mixed / tl.where(empty, 1.0, total)[:, None]
-    lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) / LOG2E)
+    lse = tl.where(empty, float("-inf"), top + tl.log(tl.where(empty, 1.0, total)))
     put_rows(Out + b * out_b + h * out_h, mixed, rows, out_n, inside_rows, E_WIDTH, BLOCK_E)
     tl.store(Lse + bh.to(tl.int64) * n + rows, lse, mask=inside_rows)
 
@@ -176,7 +177,7 @@ def attention_backward_queries(
     out = rows_of(Out + b * out_b + h * out_h, rows, out_n, inside_rows, E_WIDTH, BLOCK_E)
     delta = tl.sum(out.to(ACC) * dout.to(ACC), 1) - tl.load(DLse + at, mask=inside_rows, other=0.0)
     tl.store(Delta + at, delta, mask=inside_rows)
-    lse = tl.load(Lse + at, mask=inside_rows, other=float("-inf")) * LOG2E
+    lse = tl.load(Lse + at, mask=inside_rows, other=float("-inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a row without keys: p = exp(-inf) = 0
     dq = tl.zeros([BLOCK_N, BLOCK_K], ACC)
     low, high = key_range(start, n, m, BLOCK_N, BLOCK_M, CAUSAL, WINDOW)
@@ -190,12 +191,12 @@ def attention_backward_queries(
             inside = keys >= 0
         k = rows_of(K, keys, k_m, inside, K_WIDTH, BLOCK_K)
         v = rows_of(V, keys, v_m, inside, E_WIDTH, BLOCK_E)
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2E)
+        score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
         score = masked_scores(
             score, Bias, Valid, rows, keys, inside, n, m, bias_n, bias_m, valid_m,
             CAUSAL, WINDOW, BIAS, VALID, ACC,
         )  # fmt: skip
-        p = tl.exp2(score - lse[:, None])
+        p = tl.exp2((score - lse[:, None]) * LOG2E)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
@@ -214,7 +215,7 @@ def attention_backward_keys(
 ):  # fmt: skip
     """dk, dv and dbias of one tile of keys.
 
-    DBias: [b h m] where the bias is per key, [b h n m] where it is per pair.
+    DBias: [b h 1 m] where the bias is per key, [b h n m] where it is per pair.
     """
     first, bg = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     key_heads = heads // per_key_head
@@ -242,15 +243,15 @@ def attention_backward_keys(
             at = head * n + rows
             q = rows_of(Q + b * q_b + h * q_h, rows, q_n, inside_rows, K_WIDTH, BLOCK_K)
             dout = rows_of(DOut + b * out_b + h * out_h, rows, out_n, inside_rows, E_WIDTH, BLOCK_E)
-            lse = tl.load(Lse + at, mask=inside_rows, other=float("-inf")) * LOG2E
+            lse = tl.load(Lse + at, mask=inside_rows, other=float("-inf"))
             lse = tl.where(lse == float("-inf"), float("inf"), lse)
             delta = tl.load(Delta + at, mask=inside_rows, other=0.0)
-            score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2E)
+            score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
             score = masked_scores(
                 score, Bias + b * bias_b + h * bias_h, Valid, rows, keys, inside, n, m, bias_n, bias_m,
                 valid_m, CAUSAL, WINDOW, BIAS, VALID, ACC,
             )  # fmt: skip
-            p = tl.exp2(score - lse[:, None])
+            p = tl.exp2((score - lse[:, None]) * LOG2E)
             dv = tl.dot(tl.trans(p.to(dout.dtype)), dout, dv, input_precision=PRECISION, out_dtype=ACC)
             dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
             ds = p * (dp - delta[:, None])
@@ -420,7 +421,7 @@ def backward(
     scale: float,
     bias_learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, and dbias: [b h m] per key, [b h n m] per pair, empty if the bias does not learn."""
+    """dq, dk, dv, and dbias: [b h 1 m] per key, [b h n m] per pair, empty if the bias does not learn."""
     (b, h, n, _), (m, key_heads) = q.shape, (k.shape[-2], k.shape[1])
     q, k, v = (row_major(t) for t in (q, k, v))
     if grad_out.stride() != out.stride():
@@ -433,7 +434,7 @@ def backward(
     dbias = lse.new_empty(0)
     kind = kind_of(bias) if bias_learns else "none"
     if kind != "none":
-        dbias = lse.new_zeros((b, h, m) if kind == "key" else (b, h, n, m))
+        dbias = lse.new_zeros(b, h, 1 if kind == "key" else n, m)
     constants, used = widths(q, v, "attention_backward_queries")
     groups, group, tiles = grouping(places, n, used.n)
     shared = {"BIAS": kind_of(bias), "ACC": accumulator(q)}
@@ -475,7 +476,7 @@ def backward(
 def inverted(places: Tensor, b: int, h: int, m: int) -> tuple[Tensor, Tensor]:
     """For each key the groups that list it: their first places [b h m+1], and the groups [b h listed]."""
     flat = places.expand(b, h, *places.shape[2:]).flatten(2)
-    ordered, order = flat.sort(-1, stable=True)
+    ordered, order = flat.sort(stable=True, dim=-1)
     keys = torch.arange(m + 1, device=places.device).expand(b, h, m + 1).contiguous()
     starts = torch.searchsorted(ordered.contiguous(), keys.to(ordered.dtype))
     return starts.to(torch.int32), (order // places.shape[-1]).to(torch.int32)

@@ -22,7 +22,6 @@ w width of the branch, v vocabulary.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import pydoc_data.topics
@@ -39,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlib.config import Config, load_config, override
+from memlib.evaluation.table import markdown, span
 from memlib.files import write_text
 from memlib.memory.external.memory import ExternalMemory
 from memlib.memory.gates import gates_of_pairs
@@ -541,21 +541,21 @@ def run_all(
             results.append(run_arm(arm, base, material, seed, log))
             write_text(path, json.dumps(results, indent=1) + "\n")
             log(json.dumps(results[-1]))
+            results = json.loads(path.read_text())  # distances as text, as in a file that is continued
     return results
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """python -m memlib.experiments.long_context --json docs/results/long_context.json"""
-    parser = argparse.ArgumentParser(description="a short window with a memory, on text that is longer")
-    parser.add_argument(
-        "--json", type=Path, default=Path("runs/long_context.json"), help="file of the results"
-    )
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    arguments = parser.parse_args(argv)
-    run_all(arguments.json, arguments.arms, arguments.seeds)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def to_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Results as a Markdown table: a row for each arm, min–max over seeds."""
+    rows = []
+    for arm in dict.fromkeys(r["arm"] for r in results):
+        runs = [r for r in results if r["arm"] == arm]
+        sizes = [str(len(runs)), *(f"{runs[0][f'{what}_bytes'] / 1e6:.2f}" for what in ("memory", "cache"))]
+        near = [[r["by_distance"][str(d)]["accuracy"] for r in runs] for d in DISTANCES]
+        losses = [[r["all"]["loss"] for r in runs], [r["ordinary"] for r in runs]]
+        rows.append(
+            [arm, *sizes, *(span(values, ".2f") for values in (*near, *losses))]
+            + [span([r["cpu_seconds_per_1000_tokens"] for r in runs], ".1f")]
+        )
+    head = ["arm", "seeds", "memory MB", "cache MB", *(f"right at {d}" for d in DISTANCES)]
+    return markdown([*head, "answer loss", "prose loss", "CPU-s/1000 tokens"], rows)

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from memlib.config import Config, ConfigError, load_config, override, save_config
-from memlib.evaluation.table import markdown
+from memlib.evaluation.table import markdown, span
 from memlib.files import write_text
 from memlib.pretrained.adapter import MemoryAdapter
 from memlib.pretrained.fitting import load_with_tokenizer
@@ -73,9 +73,9 @@ ARMS = {
     "both": Arm(
         {**LEARNED, **ONE_RANK, "adapter.width": 16, "adapter.lora_targets": ["q_proj"]}, (3e-3, 1e-2)
     ),
-    "always_on": Arm({**LEARNED, "adapter.gate": "none"}, (3e-3,)),
+    "always_on": Arm({**LEARNED, "adapter.gate": "none"}, (3e-3, 1e-2)),
     "lora_8x": Arm(LORA_8X, (1e-3, 3e-3)),
-    "lora_long": Arm(LORA_8X, (2e-3,), 4 * STEPS),
+    "lora_long": Arm(LORA_8X, (1e-3, 2e-3), 4 * STEPS),
 }
 UNTRAINED = ("base", "prompt", "knn")
 
@@ -245,8 +245,7 @@ def run_all(
             if arm in arms:
                 run(arm, None, seed)
         for arm in trained:
-            if seed == 0 or len(ARMS[arm].rates) > 1:
-                run(arm, best_rate(results, arm), seed)
+            run(arm, best_rate(results, arm), seed)
     return results
 
 
@@ -275,12 +274,6 @@ def to_table(results: list[dict[str, Any]]) -> str:
         )
     head = ["arm", "rate", "seeds", "parameters", "bytes", "CPU-s", "taught", "unseen"]
     return markdown([*head, "prose loss", "code loss", "strangers"], rows)
-
-
-def span(values: list[float], form: str) -> str:
-    """The range of some values, or the value if all are equal as shown."""
-    low, high = (format(end, form) for end in (min(values), max(values)))
-    return low if low == high else f"{low}–{high}"
 
 
 def check_base(config: Config) -> None:
