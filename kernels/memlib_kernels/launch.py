@@ -51,9 +51,10 @@ def runs_triton(*tensors: Tensor | None) -> bool:
     """Whether an operation on these tensors starts Triton kernels.
 
     On a GPU (CUDA or ROCm) in float16, bfloat16 or float32; anywhere inside `interpreted()` and
-    `compile_only()`. Otherwise torch computes it.
+    `compile_only()`. Otherwise torch computes it. What torch.compile and torch.export trace depends on the
+    device alone.
     """
-    if _RUNNER.get() is not None:
+    if not torch.compiler.is_compiling() and _RUNNER.get() is not None:
         return True
     return all(t is None or (t.is_cuda and t.dtype != torch.float64) for t in tensors)
 
