@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from memlib.nn.linear import Linear
+from memlib.ops import silu_mul
 
 
 class MLP(nn.Module):
@@ -22,4 +22,4 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate_dim, hidden_dim, scale=out_scale)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return self.down_proj(silu_mul(self.gate_proj(hidden), self.up_proj(hidden)))

@@ -64,6 +64,7 @@ from memlib_kernels.selected import (
     selected_sum_reference,
     top_index,
 )
+from memlib_kernels.silu_mul import silu_mul, silu_mul_reference
 
 __all__ = [
     "TIE",
@@ -112,6 +113,8 @@ __all__ = [
     "selected_sum",
     "selected_sum_reference",
     "shifted",
+    "silu_mul",
+    "silu_mul_reference",
     "softmax_or_zero",
     "take_rows",
     "take_rows_reference",
