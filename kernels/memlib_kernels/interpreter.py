@@ -93,6 +93,18 @@ class Record:
         """Floating-point operations of all matrix products, those of masked lanes included."""
         return sum(product.flops for product in self.products)
 
+    def written_twice(self) -> list[tuple[str, str]]:
+        """(kernel, tensor) where two programs of a launch store the same element: a race on a GPU."""
+        owners: dict[tuple[int, str], dict[int, Grid]] = {}
+        raced: dict[tuple[str, str], None] = {}
+        for access in self.accesses:
+            if access.kind == "store":
+                seen = owners.setdefault((access.launch, access.tensor), {})
+                for offset in access.offsets[access.mask].tolist():
+                    if seen.setdefault(offset, access.program) != access.program:
+                        raced[self.launches[access.launch][0], access.tensor] = None
+        return list(raced)
+
     def unique_bytes(self, kind: str) -> int:
         """Bytes loaded or stored, each element counted once for each launch."""
         seen: dict[tuple[int, str], set[int]] = {}
@@ -188,6 +200,7 @@ def rounded(data: np.ndarray) -> np.ndarray:
 
 
 REPLACED = (
+    "get_bf16",
     "cast_impl",
     "create_fp_to_fp",
     "binary_op",
@@ -214,6 +227,9 @@ class ExactBuilder:
                     first = value.untyped_storage().data_ptr()
                     self.ranges.append((first, first + value.untyped_storage().nbytes(), name, count))
                     record.sizes[self.launch, name] = value.numel()
+
+    def get_bf16(self, value: float) -> Handle:
+        return Handle(rounded(np.array([value])), tl.bfloat16)
 
     def cast_impl(self, handle: Handle, kind: Any) -> Handle:
         kind = kind.scalar

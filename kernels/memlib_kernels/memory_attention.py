@@ -269,8 +269,8 @@ def read_places(
     if bias is not None:
         slots = bias.expand(b, h, 1, bias.shape[-1])
         shut = shut + slots.expand(b, h, u, -1).gather(-1, index).to(q.dtype)
-    listed = (rearrange(gathered(t, index), "b h u j k -> b (h u) j k") for t in (keys, values))
+    k, v = (rearrange(gathered(t, index), "b h u j k -> b (h u) j k") for t in (keys, values))
     grouped = rearrange(q, "b h (u n) k -> b (h u) n k", u=u)
-    y, lse = read_dense(grouped, *listed, rearrange(shut, "b h u j -> b (h u) 1 j"), True)
+    y, lse = read_dense(grouped, k, v, rearrange(shut, "b h u j -> b (h u) 1 j"), True)
     assert lse is not None
     return rearrange(y, "b (h u) n e -> b h (u n) e", u=u), rearrange(lse, "b (h u) n -> b h (u n)", u=u)
