@@ -475,7 +475,7 @@ def backward(
 def inverted(places: Tensor, b: int, h: int, m: int) -> tuple[Tensor, Tensor]:
     """For each key the groups that list it: their first places [b h m+1], and the groups [b h listed]."""
     flat = places.expand(b, h, *places.shape[2:]).flatten(2)
-    ordered, order = flat.sort(-1, stable=True)
+    ordered, order = flat.sort(stable=True, dim=-1)
     keys = torch.arange(m + 1, device=places.device).expand(b, h, m + 1).contiguous()
     starts = torch.searchsorted(ordered.contiguous(), keys.to(ordered.dtype))
     return starts.to(torch.int32), (order // places.shape[-1]).to(torch.int32)
