@@ -60,21 +60,23 @@ def masked_scores(
     score, Bias, Valid, rows, keys, inside, n, m, bias_n, bias_m, valid_m,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, VALID: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Scores with the bias added, and -inf where a query may not attend: [rows keys]."""
-    allowed = inside[None, :] & (rows < n)[:, None]
+    """Scores with the bias added, and -inf where a query may not attend.
+
+    score: [rows keys], rows: [rows 1], keys, inside: [1 keys]; or all of them transposed.
+    """
+    allowed = inside & (rows < n)
     last = rows + (m - n)  # the last query sees the last key
     if CAUSAL:
-        allowed = allowed & (keys[None, :] <= last[:, None])
+        allowed = allowed & (keys <= last)
     if WINDOW > 0:
-        allowed = allowed & (keys[None, :] > last[:, None] - WINDOW)
+        allowed = allowed & (keys > last - WINDOW)
     if VALID:
         valid = tl.load(Valid + keys.to(tl.int64) * valid_m, mask=inside, other=0)
-        allowed = allowed & (valid != 0)[None, :]
+        allowed = allowed & (valid != 0)
     if BIAS == "key":
-        bias = tl.load(Bias + keys.to(tl.int64) * bias_m, mask=inside, other=0.0)
-        score += bias.to(ACC)[None, :]
+        score += tl.load(Bias + keys.to(tl.int64) * bias_m, mask=inside, other=0.0).to(ACC)
     if BIAS == "pair":
-        at = Bias + rows.to(tl.int64)[:, None] * bias_n + keys.to(tl.int64)[None, :] * bias_m
+        at = Bias + rows.to(tl.int64) * bias_n + keys.to(tl.int64) * bias_m
         score += tl.load(at, mask=allowed, other=0.0).to(ACC)
     return tl.where(allowed, score, float("-inf"))
 
@@ -132,7 +134,7 @@ def attention_forward(
         v = rows_of(V, keys, v_m, inside, E_WIDTH, BLOCK_E)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
         score = masked_scores(
-            score, Bias, Valid, rows, keys, inside, n, m, bias_n, bias_m, valid_m,
+            score, Bias, Valid, rows[:, None], keys[None, :], inside[None, :], n, m, bias_n, bias_m, valid_m,
             CAUSAL, WINDOW, BIAS, VALID, ACC,
         )  # fmt: skip
         raised = tl.maximum(top, tl.max(score, 1))
@@ -193,7 +195,7 @@ def attention_backward_queries(
         v = rows_of(V, keys, v_m, inside, E_WIDTH, BLOCK_E)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
         score = masked_scores(
-            score, Bias, Valid, rows, keys, inside, n, m, bias_n, bias_m, valid_m,
+            score, Bias, Valid, rows[:, None], keys[None, :], inside[None, :], n, m, bias_n, bias_m, valid_m,
             CAUSAL, WINDOW, BIAS, VALID, ACC,
         )  # fmt: skip
         p = tl.exp2((score - lse[:, None]) * LOG2E)
@@ -215,6 +217,7 @@ def attention_backward_keys(
 ):  # fmt: skip
     """dk, dv and dbias of one tile of keys.
 
+    The scores are held transposed, [keys rows]: p and ds then enter their products as they are.
     DBias: [b h 1 m] where the bias is per key, [b h n m] where it is per pair.
     """
     first, bg = tl.program_id(0) * BLOCK_M, tl.program_id(1)
@@ -233,36 +236,35 @@ def attention_backward_keys(
         low = tl.maximum(0, first - (m - n)) // BLOCK_N * BLOCK_N
     if WINDOW > 0:
         high = tl.minimum(n, tl.maximum(0, first + BLOCK_M - 1 + WINDOW - (m - n)))
-    for i in range(per_key_head):
-        h = g * per_key_head + i
-        dbias = tl.zeros([BLOCK_M], ACC)
+    tiles = tl.cdiv(high - low, BLOCK_N)
+    dbias = tl.zeros([BLOCK_M], ACC)
+    for step in range(per_key_head * tiles):  # one loop: in a nested one dk and dv would move at each turn
+        h = g * per_key_head + step // tiles
         head = b * heads + h
-        for start in range(low, high, BLOCK_N):
-            rows = start + tl.arange(0, BLOCK_N)
-            inside_rows = rows < n
-            at = head * n + rows
-            q = rows_of(Q + b * q_b + h * q_h, rows, q_n, inside_rows, K_WIDTH, BLOCK_K)
-            dout = rows_of(DOut + b * out_b + h * out_h, rows, out_n, inside_rows, E_WIDTH, BLOCK_E)
-            lse = tl.load(Lse + at, mask=inside_rows, other=float("-inf"))
-            lse = tl.where(lse == float("-inf"), float("inf"), lse)
-            delta = tl.load(Delta + at, mask=inside_rows, other=0.0)
-            score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
-            score = masked_scores(
-                score, Bias + b * bias_b + h * bias_h, Valid, rows, keys, inside, n, m, bias_n, bias_m,
-                valid_m, CAUSAL, WINDOW, BIAS, VALID, ACC,
-            )  # fmt: skip
-            p = tl.exp2((score - lse[:, None]) * LOG2E)
-            dv = tl.dot(tl.trans(p.to(dout.dtype)), dout, dv, input_precision=PRECISION, out_dtype=ACC)
-            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
-            ds = p * (dp - delta[:, None])
-            dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION, out_dtype=ACC)
-            if DBIAS == "key":
-                dbias += tl.sum(ds, 0)
-            if DBIAS == "pair":
-                pairs = DBias + (head * n + rows)[:, None] * m + keys[None, :]
-                tl.store(pairs, ds, mask=inside_rows[:, None] & inside[None, :])
+        rows = low + step % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside_rows = rows < n
+        at = head * n + rows
+        q = rows_of(Q + b * q_b + h * q_h, rows, q_n, inside_rows, K_WIDTH, BLOCK_K)
+        dout = rows_of(DOut + b * out_b + h * out_h, rows, out_n, inside_rows, E_WIDTH, BLOCK_E)
+        lse = tl.load(Lse + at, mask=inside_rows, other=float("-inf"))
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+        delta = tl.load(Delta + at, mask=inside_rows, other=0.0)
+        score = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale
+        score = masked_scores(
+            score, Bias + b * bias_b + h * bias_h, Valid, rows[None, :], keys[:, None], inside[:, None],
+            n, m, bias_n, bias_m, valid_m, CAUSAL, WINDOW, BIAS, VALID, ACC,
+        )  # fmt: skip
+        p = tl.exp2((score - lse[None, :]) * LOG2E)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC)
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)
         if DBIAS == "key":
-            tl.store(DBias + head * m + keys, dbias, mask=inside)
+            dbias = tl.where(step % tiles == 0, 0.0, dbias) + tl.sum(ds, 1)
+            tl.store(DBias + head * m + keys, dbias, mask=inside & (step % tiles == tiles - 1))
+        if DBIAS == "pair":
+            pairs = DBias + at[None, :] * m + keys[:, None]
+            tl.store(pairs, ds, mask=inside_rows[None, :] & inside[:, None])
     put_rows(DK + b * dk_b + g * dk_h, dk * scale, keys, dk_m, inside, K_WIDTH, BLOCK_K)
     put_rows(DV + b * dv_b + g * dv_h, dv, keys, dv_m, inside, E_WIDTH, BLOCK_E)
 

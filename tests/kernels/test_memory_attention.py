@@ -174,9 +174,9 @@ def test_bad_places_are_refused():
 
 SLOTS, KEYS = "attention_backward_slots", "attention_backward_keys"
 MUTANTS = {
-    "bias ignored": ("masked_scores", "score += bias.to(ACC)[None, :]", "score += 0.0"),
-    "bias of another slot": ("masked_scores", "keys.to(tl.int64) * bias_m, mask", "0 * keys * bias_m, mask"),
-    "no gradient of the bias": (KEYS, "dbias += tl.sum(ds, 0)", "dbias += 0.0"),
+    "bias ignored": ("masked_scores", "score += tl.load(Bias", "score += 0.0 * tl.load(Bias"),
+    "bias of slot 0": ("masked_scores", "keys.to(tl.int64) * bias_m, mask=inside", "0 * keys, mask=inside"),
+    "no gradient of the bias": (KEYS, "0.0, dbias) + tl.sum(ds, 1)", "0.0, dbias)"),
     "another slot read": ("attention_forward", "tl.load(Places + keys", "tl.load(Places + 0 * keys"),
     "empty places read": ("attention_forward", "inside = keys >= 0", "inside = keys >= -1"),
     "first group only": (SLOTS, "begin + entry // group", "begin + 0 * entry"),
