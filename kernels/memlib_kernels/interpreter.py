@@ -62,13 +62,14 @@ class Access:
 
 @dataclass(frozen=True)
 class Product:
-    """One matrix product of one program, [m k] by [k n]."""
+    """One matrix product of one program, [m k] by [k n]. accesses: how many the record held before it."""
 
     launch: int
     program: Grid
     m: int
     k: int
     n: int
+    accesses: int = 0
 
     @property
     def flops(self) -> int:
@@ -264,7 +265,8 @@ class ExactBuilder:
         left, right = widened(a), widened(b)
         if self.record is not None:
             (m, k), n = left.shape[-2:], right.shape[-1]
-            self.record.products.append(Product(self.launch, self.builder.grid_idx, m, k, n))
+            before = len(self.record.accesses)
+            self.record.products.append(Product(self.launch, self.builder.grid_idx, m, k, n, before))
         return Handle(np.matmul(left, right, dtype=c.data.dtype) + c.data, c.dtype.scalar)
 
     def create_masked_load(
