@@ -17,6 +17,7 @@ from memlib.lab.widgets import (
     gates_over_time,
     hits_view,
     inspect_slots,
+    launch_view,
     levels_over_time,
     reading_over_text,
     save_page,
@@ -27,8 +28,9 @@ from memlib.lab.widgets.inspector import busiest_slots, main_writer
 from memlib.lab.widgets.slots import slot_view
 from memlib.lab.widgets.training import training_view
 from memlib.models import MemoryTransformer
+from memlib_kernels.attention import flash_attention
 
-KINDS = ["strips", "slots", "inspector", "reading", "training", "levels", "hits"]
+KINDS = ["strips", "slots", "inspector", "reading", "training", "levels", "hits", "launch"]
 STEPS, SLOTS = 64, 8 * 1024
 
 
@@ -51,6 +53,16 @@ def hits():
     return hits_view(trace, lambda t: f"w{t}", segment_length=16, marked=[50, 60])
 
 
+@pytest.fixture(scope="module")
+def launch():
+    """A recorded launch: causal attention of 40 tokens in tiles of 16."""
+    interpreter = pytest.importorskip("memlib_kernels.interpreter", reason="Triton exists for Linux only")
+    q, k, v = (torch.randn(1, 1, 40, 16) for _ in range(3))
+    with interpreter.interpreted(block=16, record=True) as record:
+        flash_attention(q, k, v, causal=True)
+    return launch_view(record, {"Q": 16, "K": 16, "Out": 16, "Lse": 1}, pairs=("Q", "K"))
+
+
 def stirred(preset, changes, ids):
     """A model with no value at its neutral start, and its trace of a stream."""
     torch.manual_seed(0)
@@ -71,7 +83,7 @@ def hierarchy(ids):
 
 
 @pytest.fixture(scope="module")
-def views(ids, hierarchy, hits):
+def views(ids, hierarchy, hits, launch):
     model, trace = stirred("recall_internal", {"memory.internal.num_slots": 32}, ids)
     questions = [Question(50, 3), Question(60, 5)]
     slots = busiest_slots(trace, most=12)
@@ -86,6 +98,7 @@ def views(ids, hierarchy, hits):
         "training": training_view(records, "finished", 0.06, True),
         "levels": levels_over_time(hierarchy, lambda t: f"w{t}"),
         "hits": hits,
+        "launch": launch,
     }
 
 
@@ -150,7 +163,7 @@ def test_keys(open_sheet, address, views, kind):
     figure.press("ArrowLeft")
     assert figure.time == last - 1
     if view.items > 1:
-        figure.press(*["ArrowUp"] * view.items)
+        figure.press(*["ArrowUp"] * min(view.items, 100))
         begun = figure.item
         figure.press(".")
         assert figure.item == begun + 1
@@ -259,6 +272,38 @@ def test_hits_say_what_came_back(open_sheet, address, views):
     quiet = int(np.flatnonzero(arrays["search"][1] == 0)[0])
     figure.press("Home", *["ArrowRight"] * quiet)
     assert "search skipped" in figure.readout
+
+
+def test_launch_says_and_draws_what_was_recorded(open_sheet, address, views):
+    """Two programs: the accesses in words, the bytes so far, an element's history, and its colour."""
+    view, figure = views["launch"], open_sheet(address).figure("launch")
+    arrays, words = view.arrays, view.words
+    figure.press("Home", "n", "n", "n")
+    assert figure.time == list(arrays["program"]).index(2), "the last program has no next one"
+    figure.press("b", "ArrowRight", "ArrowRight")
+    t = list(arrays["program"]).index(1) + 2
+    assert figure.time == t and words["names"][arrays["grid"][t]] == "K"
+    assert f"Access {t}: {words['says'][t]}. So far {arrays['loaded'][t]:,} bytes loaded" in figure.readout
+    assert f"{arrays['once'][t]:,} if each were loaded once; {arrays['stored'][t]:,} stored" in figure.readout
+    figure.press("g", *["ArrowDown"] * 17, ".", ".")
+    assert figure.item == 640 + 17 * 16 + 2
+    assert "K[17, 2]: touched once so far, by program 1." in figure.readout
+    figure.press(*["ArrowUp"] * 16)
+    assert "K[1, 2]: touched 2 times so far, by programs 0, 1." in figure.readout
+    figure.settle()
+    for item, colour in (
+        (0, (196, 196, 196)),
+        (40 * 16 + 20 * 16, (213, 94, 0)),
+        (40 * 48 - 1, (240, 240, 240)),
+    ):
+        place = figure.place(t, item)
+        pixel = figure.pixel(place["x"] + place["width"] / 2, place["y"] + place["height"] / 2)
+        assert np.abs(np.array(pixel[:3]) - colour).max() < 3, (item, pixel)
+    figure.locator.locator('select[data-choice="show"]').select_option("how often each element is touched")
+    figure.locator.locator("summary").click()
+    rows = [row.split("\t") for row in figure.locator.locator("table").inner_text().splitlines()]
+    touched = np.bincount(arrays["elements"][: arrays["starts"][t + 1]], minlength=view.items)[640:1280]
+    assert ["K", "640", str((touched > 0).sum()), str(touched.sum()), str(touched.max())] in rows
 
 
 def test_click_moves_the_cursor(open_sheet, address):

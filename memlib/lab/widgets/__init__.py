@@ -8,6 +8,7 @@ levels_over_time   the levels of a hierarchy of states, and what remains in each
 inspect_slots      one slot: its writers, its readers, and the answers without it
 reading_over_text  the earlier tokens from which a token reads; `reading`: any weights
 hits_view          the past tokens that one token retrieves, by head, with score and weight
+launch_view        a recorded kernel launch: what each program loads and stores, in order
 watch              a training run, live; pause, step, stop
 Form               controls that rebuild a view
 save_page          views as one HTML file
@@ -21,6 +22,7 @@ from memlib.lab.widgets.gates import fusion_over_time, gates_over_time
 from memlib.lab.widgets.hits import hits_view
 from memlib.lab.widgets.host import Stage
 from memlib.lab.widgets.inspector import inspect_slots
+from memlib.lab.widgets.launches import launch_view
 from memlib.lab.widgets.levels import levels_over_time
 from memlib.lab.widgets.page import page, save_page
 from memlib.lab.widgets.reading import reading, reading_over_text
@@ -43,6 +45,7 @@ __all__ = [
     "reading",
     "reading_over_text",
     "hits_view",
+    "launch_view",
     "watch",
     "Form",
     "page",

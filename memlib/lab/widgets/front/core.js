@@ -79,14 +79,20 @@ class Painter {
 
   // Draw a matrix as colours: values(i) in 0 … 1 or NaN, row by row.
   cells(x, y, width, height, columns, rows, values) {
+    this.pixels(x, y, width, height, columns, rows, (i) => {
+      const value = values(i);
+      return Number.isNaN(value) ? null : PALETTE[Math.round(clamp(value, 0, 1) * 255)];
+    });
+  }
+
+  // Draw a matrix whose cell i has the colour colour(i), as [red, green, blue] or null, row by row.
+  pixels(x, y, width, height, columns, rows, colour) {
     this.tile.width = columns;
     this.tile.height = rows;
     const small = this.tile.getContext("2d"), image = small.createImageData(columns, rows);
     for (let i = 0; i < columns * rows; i++) {
-      const value = values(i);
-      if (Number.isNaN(value)) continue;
-      const colour = PALETTE[Math.round(clamp(value, 0, 1) * 255)];
-      image.data.set([colour[0], colour[1], colour[2], 255], 4 * i);
+      const rgb = colour(i);
+      if (rgb) image.data.set([rgb[0], rgb[1], rgb[2], 255], 4 * i);
     }
     small.putImageData(image, 0, 0);
     this.ctx.imageSmoothingEnabled = false;
