@@ -116,15 +116,17 @@ def launch_of(
     places = [i for i, a in ours if a.tensor in columns]
     kept = [a for _, a in ours if a.tensor in columns]
     names, wide = list(columns), list(columns.values())
-    ends = {name: max(int(a.offsets[a.mask].max()) for a in kept if a.tensor == name) for name in names}
-    high = [ends[name] // columns[name] + 1 for name in names]
+    ends = {name: record.sizes[launch, name] for name in names}
+    for access in kept:  # a view of a larger tensor may end behind its own number of elements
+        ends[access.tensor] = max(ends[access.tensor], 1 + int(access.offsets[access.mask].max()))
+    high = [-(-ends[name] // columns[name]) for name in names]
     if pairs is not None:
         names.append(f"{pairs[0]} × {pairs[1]}")
         high, wide = [*high, high[names.index(pairs[0])]], [*wide, high[names.index(pairs[1])]]
     first = np.concatenate(([0], np.cumsum(np.multiply(high, wide))))
     elements = [np.unique(a.offsets[a.mask]) + first[names.index(a.tensor)] for a in kept]
     if pairs is not None:
-        for i, met in meetings(kept, columns, pairs):
+        for i, met in meetings(kept, columns, pairs, wide[-1]):
             elements[i] = np.concatenate((elements[i], first[-2] + met))
     sizes = {a.tensor: a.itemsize for a in kept}
     kernel, grid = record.launches[launch]
@@ -148,15 +150,12 @@ def launch_of(
 
 
 def meetings(
-    accesses: Sequence[Access], columns: Mapping[str, int], pairs: tuple[str, str]
+    accesses: Sequence[Access], columns: Mapping[str, int], pairs: tuple[str, str], wide: int
 ) -> Iterable[tuple[int, np.ndarray]]:
-    """For each load that completes pairs, its place and the pairs: rows of the first × rows of the second.
+    """For each load that completes pairs, its place and the pairs, numbered through in rows of `wide`.
 
     What a program holds of a tensor is what it loaded last.
     """
-    wide = 1 + max(
-        int(a.offsets[a.mask].max()) // columns[a.tensor] for a in accesses if a.tensor == pairs[1]
-    )
     held: dict[tuple[Grid, str], np.ndarray] = {}
     for i, access in enumerate(accesses):
         if access.kind == "load" and access.tensor in pairs:

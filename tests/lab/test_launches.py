@@ -97,15 +97,16 @@ def test_operations_of_another_launch_are_not_counted(record):
 def test_scattered_places_are_scattered_elements():
     torch.manual_seed(0)
     q, keys = torch.randn(1, 1, 4, WIDTH), torch.randn(1, 1, 30, WIDTH)
-    places = torch.tensor([[[2, 29, 7, -1]]])
+    places = torch.tensor([[[2, 27, 7, -1]]])
     with interpreted(block=16, record=True) as record:
         memory_attention(q, keys, keys.clone(), places=places)
     seen = launch_of(record, {"Q": WIDTH, "K": WIDTH}, pairs=("Q", "K"))
     loads = [t for t in range(len(seen.grid)) if seen.names[seen.grid[t]] == "K"]
-    assert [sorted({int(e) // WIDTH for e in seen.of_tensor(t)}) for t in loads] == [[2, 7, 29]]
-    assert "rows 2, 7, 29 of K" in seen.say(loads[0])
+    assert [sorted({int(e) // WIDTH for e in seen.of_tensor(t)}) for t in loads] == [[2, 7, 27]]
+    assert "rows 2, 7, 27 of K" in seen.say(loads[0])
+    assert seen.rows.tolist() == [4, 30, 4], "all slots are shown, also those behind the last listed one"
     pairs = seen.elements[seen.elements >= seen.first[-2]] - seen.first[-2]
-    assert {(int(p) // 30, int(p) % 30) for p in pairs} == {(i, j) for i in range(4) for j in (2, 7, 29)}
+    assert {(int(p) // 30, int(p) % 30) for p in pairs} == {(i, j) for i in range(4) for j in (2, 7, 27)}
 
 
 def test_an_access_in_words(seen):

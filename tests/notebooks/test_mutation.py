@@ -122,6 +122,18 @@ MUTANTS = {
         "return gated_write(slots, strength, strength, tokens.new)",
         "return gated_write(slots, strength, 0 * strength, tokens.new)",
     ),
+    "the kernel's sum keeps its old maximum": (
+        "11_kernels",
+        "memlib_kernels/attention_kernel.py",
+        "total = total * shrink + tl.sum(p, 1)",
+        "total = total + tl.sum(p, 1)",
+    ),
+    "a race is not seen": (
+        "11_kernels",
+        "memlib_kernels/interpreter.py",
+        "if seen.setdefault(offset, access.program) != access.program:",
+        "if seen.setdefault(offset, access.program) is None:",
+    ),
 }
 
 
@@ -175,8 +187,9 @@ def fresh():
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_broken_package_turns_the_notebook_red(name, fresh, tmp_path):
     notebook, file, old, new = MUTANTS[name]
-    shutil.copytree(ROOT / "memlib", tmp_path / "memlib", ignore=shutil.ignore_patterns("__pycache__"))
-    target = tmp_path / "memlib" / file
+    for package in (ROOT / "memlib", ROOT / "kernels" / "memlib_kernels"):
+        shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    target = tmp_path / file if file.startswith("memlib_kernels/") else tmp_path / "memlib" / file
     source = target.read_text(encoding="utf-8")
     assert source.count(old) == 1, f"the mutant no longer fits {file}"
     target.write_text(source.replace(old, new), encoding="utf-8")

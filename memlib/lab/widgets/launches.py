@@ -41,17 +41,18 @@ def launch_view(
     counts = {"starts": seen.starts, "elements": seen.elements, "program": seen.program, "grid": seen.grid}
     counts |= {"store": seen.store, "loaded": loaded, "once": once, "stored": stored, "flops": flops}
     programs = len(seen.programs)
+    worked = f"; {flops[-1]:,} operations in products" if flops[-1] else ""
     return View(
         kind="launch",
         title=title or f"{seen.kernel}: {programs} programs",
-        summary=f"{seen.kernel}: {programs} programs, {len(seen.grid)} loads and stores. {loaded[-1]:,} "
-        f"bytes loaded, {once[-1]:,} if each were loaded once; {stored[-1]:,} stored; {flops[-1]:,} operations "
-        f"in products.{met(seen, pairs)}",
+        summary=f"{seen.kernel}: {programs} programs, {len(seen.grid)} loads and stores. "
+        f"{loaded[-1]:,} bytes loaded, {once[-1]:,} if each were loaded once; {stored[-1]:,} stored{worked}."
+        f"{met(seen, pairs)}",
         arrays={name: np.asarray(values, dtype=np.int32) for name, values in counts.items()},
         draw=lambda axis, time: draw(axis, seen, time),
         times=len(seen.grid),
         items=int(seen.first[-1]),
-        unit="access",
+        unit="step",
         words={
             "names": seen.names,
             "rows": [int(n) for n in seen.rows],
@@ -129,7 +130,7 @@ def draw(axis: Any, seen: Launch, time: int) -> None:
             [x, x + wide, x + wide, x, x], [y, y, y + high, y + high, y], color="#7a7a7a", linewidth=0.5
         )
         axis.text(x, y - 0.05, label_of(seen, grid), size=8)
-    axis.text(0, height - 0.24, f"access {time} of {len(seen.grid) - 1}: {seen.say(time)}", size=8)
+    axis.text(0, height - 0.24, f"step {time} of {len(seen.grid) - 1}: {seen.say(time)}", size=8)
     legend = [("loaded now", COLOURS["load"][0]), ("stored now", COLOURS["store"][0])]
     legend += [("pairs met now", COLOURS["pair"][0])] if 0 in seen.itemsize else []
     legend += [("before, in this program", COLOURS["load"][1]), ("programs before", OTHERS)]

@@ -16,7 +16,7 @@ views.launch = (frame) => {
   const labelOf = (g) => `${names[g]}  ${rows[g]} × ${columns[g]}`;
   const number = (x) => x.toLocaleString("en");
   const counted = (t) => `${number(loaded[t])} bytes loaded, ${number(once[t])} if each were loaded once; ` +
-    `${number(stored[t])} stored; ${number(flops[t])} operations`;
+    `${number(stored[t])} stored` + (flops[n - 1] ? `; ${number(flops[t])} operations` : "");
   function elementName(element) {
     const g = gridOf(element), i = element - first[g], r = Math.floor(i / columns[g]), c = i % columns[g];
     if (nowhere[g]) return `pair ${r}, ${c}`;
@@ -40,7 +40,7 @@ views.launch = (frame) => {
   }
   function describe(t, element) {
     last = element;
-    return `Access ${t}: ${says[t]}. So far ${counted(t)}. ${elementName(element)}: ${touchedBy(element, t)}.`;
+    return `Step ${t}: ${says[t]}. So far ${counted(t)}. ${elementName(element)}: ${touchedBy(element, t)}.`;
   }
 
   // Place the grids from left to right, their cells as large as fits.
@@ -145,7 +145,7 @@ views.launch = (frame) => {
       const column = Math.floor(((px - boxes[i].x) / boxes[i].w) * columns[i]);
       return { item: first[i] + Math.floor(((py - boxes[i].y) / boxes[i].h) * rows[i]) * columns[i] + column };
     },
-    where: (t) => `access ${t} of ${n - 1}, program ${programs[program[t]]}`,
+    where: (t) => `step ${t} of ${n - 1}, program ${programs[program[t]]}`,
     table: (cursor) => {
       const t = cursor.time, count = touches(t);
       const sum = (g, test) => {
