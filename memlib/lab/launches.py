@@ -84,7 +84,7 @@ class Launch:
             what += f"[{span(rows)}, {span(columns)}]"
         verb = "stores" if self.store[access] else "loads"
         program = self.programs[self.program[access]]
-        return f"program {program} {verb} {what} ({self.bytes[access]:,} bytes, line {self.line[access]})"
+        return f"program {program} {verb} {what} ({self.bytes[access]:,} bytes)"
 
 
 def span(numbers: np.ndarray) -> str:

@@ -283,7 +283,10 @@ def test_launch_says_and_draws_what_was_recorded(open_sheet, address, views):
     figure.press("b", "ArrowRight", "ArrowRight")
     t = list(arrays["program"]).index(1) + 2
     assert figure.time == t and words["names"][arrays["grid"][t]] == "K"
-    assert f"Step {t}: {words['says'][t]}. So far {arrays['loaded'][t]:,} bytes loaded" in figure.readout
+    assert (
+        f"Step {t}, line {words['lines'][t]}: {words['says'][t]}. So far {arrays['loaded'][t]:,} bytes loaded"
+        in figure.readout
+    )
     assert f"{arrays['once'][t]:,} if each were loaded once; {arrays['stored'][t]:,} stored" in figure.readout
     figure.press("g", *["ArrowDown"] * 17, ".", ".")
     assert figure.item == 640 + 17 * 16 + 2

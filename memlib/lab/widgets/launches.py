@@ -59,6 +59,7 @@ def launch_view(
             "columns": [int(n) for n in seen.columns],
             "stored_nowhere": [not size for size in seen.itemsize],
             "programs": seen.programs,
+            "lines": [int(line) for line in seen.line],
             "says": [seen.say(access) for access in range(len(seen.grid))],
         },
         choices={"show": ["the current program", "how often each element is touched"]},

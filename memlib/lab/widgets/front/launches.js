@@ -1,6 +1,6 @@
 // A kernel launch, access by access: which elements of each tensor its programs load and store.
 views.launch = (frame) => {
-  const { names, rows, columns, stored_nowhere: nowhere, programs, says } = frame.words;
+  const { names, rows, columns, stored_nowhere: nowhere, programs, says, lines } = frame.words;
   const { starts, elements, program, grid, store, loaded, once, stored, flops } = Object.fromEntries(
     Object.entries(frame.arrays).map(([name, array]) => [name, array.data]));
   const n = frame.times, shows = frame.choices.show, head = 26, label = 18, gap = 12, foot = 24;
@@ -40,7 +40,7 @@ views.launch = (frame) => {
   }
   function describe(t, element) {
     last = element;
-    return `Step ${t}: ${says[t]}. So far ${counted(t)}. ${elementName(element)}: ${touchedBy(element, t)}.`;
+    return `Step ${t}, line ${lines[t]}: ${says[t]}. So far ${counted(t)}. ${elementName(element)}: ${touchedBy(element, t)}.`;
   }
 
   // Place the grids from left to right, their cells as large as fits.
