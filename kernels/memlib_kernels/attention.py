@@ -327,7 +327,7 @@ def flash_backward(
 
         dout . out' = dout . out - dlse,    out' = out - sign(dout) dlse / |dout|_1
 
-    The first entry of dout is moved by an amount below the rounding of dlse, so that dout is not zero.
+    Where dout is nearly zero, its first entry is moved by an amount below the rounding of dlse.
     grad_lse: None if lse is not used.
     """
     dtype = q.dtype
@@ -337,10 +337,13 @@ def flash_backward(
     lse = lse.masked_fill(dead, 0.0)
     if grad_lse is not None:
         grad_lse = grad_lse.masked_fill(dead, 0.0)
-        grad_out = grad_out.clone()
-        least = torch.finfo(wide).eps * 2.0**-20
-        grad_out[..., 0] += torch.copysign(least * grad_lse, grad_out[..., 0])
-        share = (grad_lse / torch.linalg.vector_norm(grad_out, 1, dim=-1)).nan_to_num_(0.0, 0.0, 0.0)
+        least = torch.finfo(wide).eps * 2.0**-20 * grad_lse.abs()
+        length = torch.linalg.vector_norm(grad_out, 1, dim=-1)
+        if bool((length < least).any()):
+            grad_out = grad_out.clone()
+            grad_out[..., 0] += torch.copysign(least, grad_out[..., 0])
+            length = torch.linalg.vector_norm(grad_out, 1, dim=-1)
+        share = (grad_lse / length).nan_to_num_(0.0, 0.0, 0.0)
         out = torch.addcmul(out, torch.sign(grad_out), rearrange(share, "b h n -> b h n 1"), value=-1)
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=full(bias, wide), scale=scale
