@@ -25,6 +25,7 @@ from torch import Tensor
 
 from memlib_kernels.attention_kernel import put_rows, rows_of, strides
 from memlib_kernels.launch import launch
+from memlib_kernels.rows import dense
 from memlib_kernels.tiles import Tile, accumulator, next_power, precision, tile
 
 PARTS = 32  # at most, of a sum over rows
@@ -320,11 +321,6 @@ def read_backward_slots(
 
 
 # ---------------------------------------------------------------------------------------------- the launches
-
-
-def dense(*tensors: Tensor) -> list[Tensor]:
-    """Tensors with contiguous last axes."""
-    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
 def constants(kernel: str, query: Tensor, width: int) -> tuple[dict[str, object], Tile]:
