@@ -1,6 +1,7 @@
 """`gated_write` in Triton as one operator of torch, with gradients.
 
-Axes: b batch, n tokens, s slots, e slot width. Nothing may be empty. gated_write_kernel.py has the mathematics.
+Axes: b batch, n tokens, s slots, e slot width. Nothing may be empty.
+gated_write_kernel.py has the mathematics.
 """
 
 from __future__ import annotations
