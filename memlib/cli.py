@@ -36,6 +36,7 @@ EPILOG = """examples:
   memlib retrieval --keys 1024 65536                 latency and recall of each index
   memlib retrieval runs/passkey_external/seed-0      a trained model's accuracy with each index
   memlib stream recall_internal recall_ltm model.segment_length=128     feed a million tokens to each
+  memlib bench kernels                               speed of the kernels beside their peers
   memlib capacity                                    capacity of each memory
   memlib config show recall_internal                 every field of a preset
   memlib config diff recall_internal my.yaml         fields that differ
@@ -165,6 +166,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", type=Path, help="also write the results here")
     command.set_defaults(run=stream)
+
+    command = commands.add_parser("bench", help="speed of the kernels; how time and memory grow")
+    command.add_argument(
+        "name", choices=["kernels", "complexity"], help="kernels: beside their peers; complexity: exponents"
+    )
+    command.add_argument("--json", type=Path, help="also write the results here")
+    command.set_defaults(run=bench)
 
     command = commands.add_parser("capacity", help="capacity of each memory, as Markdown")
     command.add_argument("--out", type=Path, help="file to write (default: print)")
@@ -399,6 +407,26 @@ def table(arguments: argparse.Namespace) -> int:
     write_json(results, target)
     print(f"{to_markdown(results)}\n\n{summary(results)}")
     print(f"\nwritten to {target}")
+    return 0
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from memlib.evaluation import complexity
+    from memlib.files import write_text
+    from memlib_kernels import bench as kernels
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    part: Any = kernels if arguments.name == "kernels" else complexity
+    results = part.measure_all(log=log)
+    print(part.to_table(results))
+    if arguments.json:
+        rows = {"machine": kernels.machine(), "results": [asdict(result) for result in results]}
+        write_text(arguments.json, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     return 0
 
 

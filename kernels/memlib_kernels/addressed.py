@@ -17,7 +17,9 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from memlib_kernels.addressed_op import addressed_read_op, addressed_weights_op
 from memlib_kernels.dispatch import eager_cpu
+from memlib_kernels.launch import runs_triton
 
 
 def addressed_weights(query: Tensor, table: Tensor, sharpness: Tensor | float = 1.0) -> Tensor:
@@ -25,6 +27,8 @@ def addressed_weights(query: Tensor, table: Tensor, sharpness: Tensor | float = 
 
     query: [b n h k], table: [h s k], sharpness: a number or a learned scalar -> [b n h s].
     """
+    if runs_triton(query, table) and query.numel() and table.numel():
+        return addressed_weights_op(*prepared(query, table, sharpness))
     query = query * sharpness
     if eager_cpu(query, table) and query.numel():
         return Addresses.apply(query, table.to(query.dtype))
@@ -42,8 +46,11 @@ def addressed_read(
     """What each query reads at its addresses.
 
     query: [b n h k], table: [h s k], slots: [b h s e], share: [b n h] of each book, 1 / h by default
-    -> [b n e], of the query's dtype.
+    -> [b n e], of the query's dtype. A kernel reads without storing the addresses: where the slots are also
+    written at these addresses, call `addressed_weights` once, then `read_at`.
     """
+    if runs_triton(query, table, slots, share) and query.numel() and slots.numel():
+        return addressed_read_op(*prepared(query, table, sharpness), slots, share)[0]
     return read_at(addressed_weights(query, table, sharpness), slots, share)
 
 
@@ -64,6 +71,14 @@ def read_at(address: Tensor, slots: Tensor, share: Tensor | None = None) -> Tens
     flat = rearrange(slots.to(address.dtype), "b h s e -> b (h s) e")
     y = rearrange(address, "b n h s -> b n (h s)") @ flat
     return y if share is not None else y / address.shape[2]
+
+
+def prepared(query: Tensor, table: Tensor, sharpness: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernels take: query and table of the dtype that query * sharpness has, sharpness a tensor."""
+    dtype = torch.result_type(query, sharpness)
+    if not isinstance(sharpness, Tensor):
+        sharpness = query.new_full((), sharpness, dtype=torch.promote_types(dtype, torch.float32))
+    return query.to(dtype), table.to(dtype), sharpness
 
 
 class Addresses(torch.autograd.Function):

@@ -56,7 +56,7 @@ def flash_attention(
         valid = None if valid is None else valid.to(torch.uint8)
         out, lse = attention_op(q, k, v, None, valid, None, causal, window or 0, scale)
         return out, lse
-    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    k, v = of_query_heads(q, k, v)
     plain = causal and q.shape[-2] == k.shape[-2] and window is None and valid is None
     mask = None if plain else allowed_keys(q, k, causal, window, valid)
     if q.dtype == torch.float64:
@@ -76,9 +76,15 @@ def flash_attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """`flash_attention` with explicit scores."""
     check_heads(q, k, v, window, valid)
-    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    k, v = of_query_heads(q, k, v)
     mask = allowed_keys(q, k, causal, window, valid)
     return attention_with_lse_reference(q, k, v, mask, scale=scale)
+
+
+def of_query_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of each query head."""
+    group = q.shape[1] // k.shape[1]
+    return (k, v) if group == 1 else (k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
 
 
 def allowed_keys(
@@ -304,7 +310,7 @@ def _(
 @torch.library.custom_op("memlib::flash_backward", mutates_args=(), device_types="cpu")
 def flash_backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -321,20 +327,26 @@ def flash_backward(
 
         dout . out' = dout . out - dlse,    out' = out - sign(dout) dlse / |dout|_1
 
-    The first entry of dout is moved by an amount below the rounding of dlse, so that dout is not zero.
+    Where dout is nearly zero, its first entry is moved by an amount below the rounding of dlse.
+    grad_lse: None if lse is not used.
     """
     dtype = q.dtype
     wide = torch.promote_types(dtype, torch.float32)  # out' needs more digits than half precision has
     grad_out, q, k, v, out = (t.to(wide) for t in (grad_out, q, k, v, out))
     dead = lse.isneginf()
-    grad_lse, lse = grad_lse.masked_fill(dead, 0.0), lse.masked_fill(dead, 0.0)
-    grad_out = grad_out.clone()
-    least = torch.finfo(wide).eps * 2.0**-20
-    grad_out[..., 0] += torch.copysign(least * grad_lse, grad_out[..., 0])
-    share = (grad_lse / torch.linalg.vector_norm(grad_out, 1, dim=-1)).nan_to_num_(0.0, 0.0, 0.0)
-    moved = torch.addcmul(out, torch.sign(grad_out), rearrange(share, "b h n -> b h n 1"), value=-1)
+    lse = lse.masked_fill(dead, 0.0)
+    if grad_lse is not None:
+        grad_lse = grad_lse.masked_fill(dead, 0.0)
+        least = torch.finfo(wide).eps * 2.0**-20 * grad_lse.abs()
+        length = torch.linalg.vector_norm(grad_out, 1, dim=-1)
+        if bool((length < least).any()):
+            grad_out = grad_out.clone()
+            grad_out[..., 0] += torch.copysign(least, grad_out[..., 0])
+            length = torch.linalg.vector_norm(grad_out, 1, dim=-1)
+        share = (grad_lse / length).nan_to_num_(0.0, 0.0, 0.0)
+        out = torch.addcmul(out, torch.sign(grad_out), rearrange(share, "b h n -> b h n 1"), value=-1)
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, q, k, v, moved, lse, 0.0, causal, attn_mask=full(bias, wide), scale=scale
+        grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=full(bias, wide), scale=scale
     )
     return tuple(grad.to(dtype) for grad in found)
 
@@ -342,7 +354,7 @@ def flash_backward(
 @flash_backward.register_fake
 def _(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -374,10 +386,12 @@ def nothing(bias: Tensor) -> Tensor:
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, bias, ctx.causal, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, bias, *output)
+    ctx.set_materialize_grads(False)  # None for an lse that is not used
 
 
-def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> Any:
+def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
     q, k, v, bias, out, lse = ctx.saved_tensors
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     found = flash_backward(grad_out, grad_lse, q, k, v, out, lse, bias, ctx.causal, ctx.scale)
     return *found, None, None, None
 

@@ -25,6 +25,8 @@ arXiv 1805.02867 (online softmax).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -354,7 +356,7 @@ def kind_of(bias: Tensor | None) -> str:
     return "none" if bias is None else "key" if bias.shape[-2] == 1 else "pair"
 
 
-def widths(q: Tensor, v: Tensor, kernel: str) -> tuple[dict[str, object], Tile]:
+def widths(q: Tensor, v: Tensor, kernel: str) -> tuple[dict[str, Any], Tile]:
     """The constants that both passes share, and the tile."""
     k, e = q.shape[-1], v.shape[-1]
     chosen = tile(kernel, max(k, e), q.dtype)

@@ -28,6 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memlib_kernels.dispatch import eager_cpu
+from memlib_kernels.gated_write_op import gated_write_op
+from memlib_kernels.launch import runs_triton
 
 
 def gated_write(slots: Tensor, strength: Tensor, erase: Tensor, values: Tensor) -> Tensor:
@@ -36,6 +38,8 @@ def gated_write(slots: Tensor, strength: Tensor, erase: Tensor, values: Tensor) 
     slots: [b s e], strength, erase: [b n s], values: [b n e] -> [b s e]. erase must lie in 0 … 1; at 1 the
     earlier content of a slot is erased completely. It costs less if strength and erase are one tensor.
     """
+    if runs_triton(slots, strength, erase, values) and slots.numel() and values.numel():
+        return gated_write_op(slots, strength, erase, values)
     dtype = torch.promote_types(slots.dtype, torch.float32)
     same = erase is strength
     wide = [t.to(dtype) for t in (slots, strength, erase, values)]
@@ -72,7 +76,8 @@ def decaying_write(
 
         M_h' = exp(sum_u log_decay_uh) M_h + sum_t exp(sum_{u>t} log_decay_uh) strength_th address_ths value_t
 
-    slots: [b h s e], address: [b n h s], strength, log_decay: [b n h], values: [b n e] -> [b h s e].
+    slots: [b h s e], address: [b n h s], strength, log_decay: [b n h], values: [b n e] -> [b h s e]. Plain
+    torch on every device: products over tokens are small here, [b n h], and one matrix product does the rest.
     """
     dtype = torch.promote_types(slots.dtype, torch.float32)
     address, strength, log_decay, values = (t.to(dtype) for t in (address, strength, log_decay, values))

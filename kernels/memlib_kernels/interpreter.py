@@ -33,8 +33,9 @@ from triton.runtime.jit import JITFunction
 
 from memlib_kernels.launch import Grid, Runner, using
 
-Builder = triton_interpreter.InterpreterBuilder
-Handle = triton_interpreter.TensorHandle
+Builder: Any = triton_interpreter.InterpreterBuilder
+new_handle: Any = triton_interpreter.TensorHandle
+Handle = Any  # a tile's numbers and their type; Triton has no annotations
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def as_python(kernel: JITFunction) -> Callable[..., Any]:
 
 
 @contextmanager
-def patched(builder: Builder, given: dict[str, Any], record: Record | None) -> Iterator[None]:
+def patched(builder: Any, given: dict[str, Any], record: Record | None) -> Iterator[None]:
     """Replace Triton's language by the interpreter's, kernels that call kernels and bfloat16 included."""
     scope = triton_interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     exact = ExactBuilder(builder, given, record)
@@ -216,7 +217,7 @@ REPLACED = (
 class ExactBuilder:
     """What replaces parts of Triton's `InterpreterBuilder`: exact bfloat16, and the record."""
 
-    def __init__(self, builder: Builder, given: dict[str, Any], record: Record | None) -> None:
+    def __init__(self, builder: Any, given: dict[str, Any], record: Record | None) -> None:
         self.builder, self.record = builder, record
         self.launch = 0
         self.ranges: list[tuple[int, int, str, int]] = []
@@ -230,14 +231,14 @@ class ExactBuilder:
                     record.sizes[self.launch, name] = value.numel()
 
     def get_bf16(self, value: float) -> Handle:
-        return Handle(rounded(np.array([value])), tl.bfloat16)
+        return new_handle(rounded(np.array([value])), tl.bfloat16)
 
     def cast_impl(self, handle: Handle, kind: Any) -> Handle:
         kind = kind.scalar
         data = widened(handle)
         if kind == tl.bfloat16:
-            return Handle(rounded(data.astype(np.float32)), kind)
-        return Handle(data.astype(triton_interpreter._get_np_dtype(kind)), kind)
+            return new_handle(rounded(data.astype(np.float32)), kind)
+        return new_handle(data.astype(triton_interpreter._get_np_dtype(kind)), kind)
 
     def create_fp_to_fp(self, handle: Handle, kind: Any, rounding_mode: Any) -> Handle:
         return self.cast_impl(handle, kind)
@@ -254,12 +255,12 @@ class ExactBuilder:
     def typed(self, data: np.ndarray, kind: Any) -> Handle:
         """Numbers as a tile of one kind; comparisons stay boolean, as in Triton's own builder."""
         if data.dtype == np.bool_:
-            return Handle(data, kind)
+            return new_handle(data, kind)
         if kind == tl.bfloat16:
-            return Handle(rounded(data), kind)
+            return new_handle(rounded(data), kind)
         wanted = triton_interpreter._get_np_dtype(kind)
         too_wide = data.itemsize * 8 > max(kind.primitive_bitwidth, 8)
-        return Handle(data.astype(wanted) if too_wide else data, kind)
+        return new_handle(data.astype(wanted) if too_wide else data, kind)
 
     def create_dot(self, a: Handle, b: Handle, c: Handle, input_precision: Any, imprecise: Any) -> Handle:
         left, right = widened(a), widened(b)
@@ -267,7 +268,7 @@ class ExactBuilder:
             (m, k), n = left.shape[-2:], right.shape[-1]
             before = len(self.record.accesses)
             self.record.products.append(Product(self.launch, self.builder.grid_idx, m, k, n, before))
-        return Handle(np.matmul(left, right, dtype=c.data.dtype) + c.data, c.dtype.scalar)
+        return new_handle(np.matmul(left, right, dtype=c.data.dtype) + c.data, c.dtype.scalar)
 
     def create_masked_load(
         self, pointers: Handle, mask: Handle, other: Handle | None, cache: Any, eviction: Any, volatile: Any

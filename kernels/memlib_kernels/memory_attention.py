@@ -233,7 +233,7 @@ def read_dense(
 def selected(q: Tensor, keys: Tensor, bias: Tensor | None, top_k: int) -> Tensor:
     """The top_k slots of each query: [b h n j]. All scores are computed once, without a gradient."""
     with torch.no_grad():
-        score = q @ keys.transpose(-1, -2)
+        score = q @ keys.mT
         return top_index(score if bias is None else score + bias.to(score.dtype), top_k)
 
 

@@ -7,9 +7,9 @@ Each group of a row has its own scale; zero is exact:
     x = q scale,    q in -127 … 127 (int8) or -7 … 7 (two to a byte in uint8, the even place in the low half,
                     each as q + 8)
 
-The CPU path dequantises, then attends: on a CPU the saving is storage, not time. A kernel reads the small
-numbers and widens them on the way.
-Source: docs/coverage.md.
+The CPU path dequantises, then attends: on a CPU the saving is storage, not time. The kernel
+(quantized_kernel.py) reads the small numbers and widens them on the way.
+Sources: docs/coverage.md; absorbed projections: DeepSeek-AI 2024, arXiv 2405.04434, section 2.1.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memlib_kernels.attention import attention, attention_reference
+from memlib_kernels.launch import runs_triton
+from memlib_kernels.quantized_op import quantized_read_op
 
 
 def quantized_read(
@@ -37,7 +39,23 @@ def quantized_read(
     q: [b h n k]; keys: int8 [b h m k] or uint8 [b h m k/2], and scales [b h m g]; values: the same with width
     e. Keys and values may have size 1 in b and h. mask: as for `attention`. Returns [b h n e]. Differentiable
     in q and scales.
+
+    Where keys and values are projections of a bank X [m d], K = X W_k and V = X W_v, read the bank itself:
+
+        q . K_m = (W_k q) . X_m,    sum_m w_m V_m = (sum_m w_m X_m) W_v
+
+        quantized_read(q @ W_k.T, bank, bank, scale=k**-0.5) @ W_v
+
+    Then nothing of the size [h m k] is made or kept: one quantised bank serves all heads and layers. A score
+    costs d multiplications instead of k, but the m d k of the projection are saved. With m much larger than
+    k, this pays for n < d k / (d - k) queries between two changes of the bank: 73 for d = 512 and k = 64. So
+    it pays in generation, and in training only with short segments; never in time where projected keys can be
+    kept, as for a frozen bank, though they then need h (k + e) numbers a token instead of d.
     """
+    learned = mask is not None and mask.requires_grad  # the kernel gives no gradient to a bias
+    if runs_triton(q, *keys, *values, mask) and not learned and q.numel() and keys[0].numel():
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return quantized_read_op(q, *keys, *values, mask, scale)[0]
     k, v = (expanded(dequantize(*t), q) for t in (keys, values))
     return attention(q, k, v, mask, scale=scale)
 

@@ -19,6 +19,11 @@ def as_rows(tensor: Tensor) -> tuple[Tensor, int]:
     return rows, rows.stride(0)
 
 
+def dense(*tensors: Tensor) -> list[Tensor]:
+    """Tensors with contiguous last axes."""
+    return [t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors]
+
+
 def tile_grid(rows: Tensor, used: Tile) -> tuple[int, int]:
     """Programs for tiles of [n d]."""
     n, d = rows.shape

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from memlib_kernels.dispatch import eager_cpu
 
 COLUMNS_FROM, ROWS = 2048, 16  # longer rows are first reduced to the maxima of their columns
+SORTED = 512  # shorter rows are sorted, which is faster than selecting first
 DENSE_BELOW = 16  # with fewer rows than this times j, scattering weights and multiplying is faster
 
 
@@ -193,8 +194,8 @@ def top_index(score: Tensor, top_k: int) -> Tensor:
     if c >= COLUMNS_FROM and c % ROWS == 0 and c // ROWS >= 2 * top_k:
         columns = rearrange(score, "... (r c) -> ... r c", r=ROWS)
         best = top_index(columns.amax(-2), top_k)  # the top_k entries lie in the top_k best columns
-        entry = rearrange(torch.arange(c), "(r c) -> r c", r=ROWS)[:, best]
-        entry = rearrange(entry, "r ... j -> ... (r j)")
+        first = rearrange(torch.arange(0, c, c // ROWS), "r -> r 1")
+        entry = rearrange(first + rearrange(best, "... j -> ... 1 j"), "... r j -> ... (r j)")
         return entry.gather(-1, top_index(score.gather(-1, entry), top_k))
     if score.dtype == torch.float64:
         array = score.numpy()
@@ -216,10 +217,10 @@ def top_of_finite(wide: Tensor, top_k: int) -> Tensor:
     c = wide.shape[-1]
     wide.view(torch.int64).bitwise_or_(torch.arange(c))
     array = wide.numpy()
-    if top_k < c:
+    if top_k < c and c > SORTED:
         array.partition(c - top_k, axis=-1)
         array = array[..., c - top_k :]
-    best = np.sort(array, axis=-1)[..., ::-1].copy()
+    best = np.sort(array, axis=-1)[..., : -top_k - 1 : -1].copy()
     return torch.from_numpy(best).view(torch.int64).bitwise_and_(2**29 - 1)
 
 

@@ -50,6 +50,7 @@ from memlib_kernels.memory_attention import (
     memory_attention_reference,
     memory_attention_weights,
 )
+from memlib_kernels.norm import fused_norm, fused_norm_reference
 from memlib_kernels.quantized import (
     dequantize,
     dequantize_reference,
@@ -83,6 +84,8 @@ __all__ = [
     "dequantize_reference",
     "exact_search",
     "exact_search_reference",
+    "fused_norm",
+    "fused_norm_reference",
     "gated_write",
     "gated_write_reference",
     "memory_attention",

@@ -102,7 +102,7 @@ def measure(architectures: Sequence[str], repeats: int, checkouts: Sequence[Path
         subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), "--serve"],
             cwd=path,
-            env=os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": f"{path}:{path}/kernels", "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
