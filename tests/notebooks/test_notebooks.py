@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import html
+import importlib.util
 import io
 import json
 import linecache
@@ -184,6 +185,25 @@ def test_solution_passes_and_wrong_answer_fails(path_, exercise, monkeypatch, tm
     assert answer(path_, exercise, stub, monkeypatch, tmp_path).startswith("○")
     assert answer(path_, exercise, exercise.solution, monkeypatch, tmp_path).startswith("✓")
     assert answer(path_, exercise, exercise.wrong, monkeypatch, tmp_path).startswith("✗")
+
+
+def test_without_triton_the_kernels_say_so(monkeypatch):
+    """Triton is published for Linux only: notebook 11 stops with a message, 02 goes on without a picture."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name)
+    )
+    cells = {
+        number: code_cells(nbformat.read(ROOT / "notebooks" / name, as_version=4))
+        for number, name in ((2, "02_flash_attention.ipynb"), (11, "11_kernels.ipynb"))
+    }
+    with pytest.raises(ImportError, match=r"Linux only: read the stored outputs"):
+        execute(cells[11][0].source, {"__name__": "__main__"})
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    execute(cells[2][0].source, namespace)
+    (tiles,) = (cell for cell in cells[2] if cell.source.startswith("def kernel_tiles"))
+    execute(tiles.source + "\n\nshown = kernel_tiles(64, tile=16, step=18)", namespace)
+    assert "Linux only" in str(namespace["shown"])
 
 
 def test_every_notebook_has_exercises(notebook):
