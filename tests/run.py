@@ -22,6 +22,8 @@ NBVAL = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=600"]
 TIMINGS = [*PARALLEL, "tests/benchmarks"]
 # The notebook on pretrained models needs `make extras`; in CI it must be there.
 LACKING = [] if find_spec("transformers") or os.environ.get("CI") else ["--ignore-glob=notebooks/10_*"]
+# The notebook on kernels needs Triton, which is published for Linux only.
+LACKING += [] if find_spec("triton") or sys.platform == "linux" else ["--ignore-glob=notebooks/11_*"]
 REST = [*PARALLEL, *NBVAL, "--ignore=tests/benchmarks", *LACKING, "tests", "notebooks"]
 
 
