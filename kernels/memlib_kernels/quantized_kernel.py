@@ -52,14 +52,15 @@ def scales_of(
 
 @triton.jit
 def masked_scores(
-    q, k, Mask, rows, tokens, n, m, mask_n, mask_m, scale, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
+    score, Mask, rows, tokens, n, m, mask_n, mask_m, MASK: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """Scores of a tile, -inf where a query may not attend: [n m]."""
-    score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
-    allowed = (rows < n)[:, None] & (tokens < m)[None, :]
+    """Scores with the mask, -inf where a query may not attend.
+
+    score: [n m], rows: [n 1], tokens: [1 m]; or all of them transposed.
+    """
+    allowed = (rows < n) & (tokens < m)
     if MASK != "none":
-        at = Mask + rows.to(tl.int64)[:, None] * mask_n + tokens.to(tl.int64)[None, :] * mask_m
+        at = Mask + rows.to(tl.int64) * mask_n + tokens.to(tl.int64) * mask_m
         mask = tl.load(at, mask=allowed, other=0)
         if MASK == "bias":
             score += mask.to(ACC)
@@ -93,9 +94,8 @@ def quantized_forward(
         k *= scales_of(KScale + b * ks_b + h * ks_h, tokens, ks_m, held, k_each, K_WIDTH, BLOCK_K, ACC)
         v = numbers_of(V + b * v_b + h * v_h, tokens, v_m, held, E_WIDTH, BLOCK_E, V_PACKED, ACC)
         v *= scales_of(VScale + b * vs_b + h * vs_h, tokens, vs_m, held, v_each, E_WIDTH, BLOCK_E, ACC)
-        score = masked_scores(
-            q, k.to(q.dtype), Mask, rows, tokens, n, m, mask_n, mask_m, scale, MASK, PRECISION, ACC
-        )
+        score = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION, out_dtype=ACC) * scale
+        score = masked_scores(score, Mask, rows[:, None], tokens[None, :], n, m, mask_n, mask_m, MASK, ACC)
         raised = tl.maximum(top, tl.max(score, 1))
         safe = tl.where(raised == float("-inf"), 0.0, raised)  # nothing so far: -inf - -inf would be NaN
         p = tl.exp(score - safe[:, None])
@@ -144,7 +144,8 @@ def quantized_backward_queries(
         v = numbers_of(V + b * v_b + h * v_h, tokens, v_m, held, E_WIDTH, BLOCK_E, V_PACKED, ACC)
         v *= scales_of(VScale + b * vs_b + h * vs_h, tokens, vs_m, held, v_each, E_WIDTH, BLOCK_E, ACC)
         k = k.to(q.dtype)
-        score = masked_scores(q, k, Mask, rows, tokens, n, m, mask_n, mask_m, scale, MASK, PRECISION, ACC)
+        score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
+        score = masked_scores(score, Mask, rows[:, None], tokens[None, :], n, m, mask_n, mask_m, MASK, ACC)
         p = tl.exp(score - top[:, None]) / total[:, None]
         dp = tl.dot(dout, tl.trans(v.to(q.dtype)), input_precision=PRECISION, out_dtype=ACC)
         ds = p * (dp - delta[:, None])
@@ -179,15 +180,19 @@ def quantized_backward_scales(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, K_PACKED: tl.constexpr, V_PACKED: tl.constexpr,
     MASK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the scales of one tile of tokens, for one batch row and head."""
+    """The gradients of the scales of one tile of tokens, for one batch row and head.
+
+    The scores are held transposed, [m n]: p and ds then enter their products as they are.
+    """
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     held = tokens < m
     Mask += b * mask_b + h * mask_h
     k_numbers = numbers_of(K + b * k_b + h * k_h, tokens, k_m, held, K_WIDTH, BLOCK_K, K_PACKED, ACC)
     v_numbers = numbers_of(V + b * v_b + h * v_h, tokens, v_m, held, E_WIDTH, BLOCK_E, V_PACKED, ACC)
-    k = k_numbers * scales_of(KScale + b * ks_b + h * ks_h, tokens, ks_m, held, k_each, K_WIDTH, BLOCK_K, ACC)
-    v = v_numbers * scales_of(VScale + b * vs_b + h * vs_h, tokens, vs_m, held, v_each, E_WIDTH, BLOCK_E, ACC)
+    k = scales_of(KScale + b * ks_b + h * ks_h, tokens, ks_m, held, k_each, K_WIDTH, BLOCK_K, ACC)
+    v = scales_of(VScale + b * vs_b + h * vs_h, tokens, vs_m, held, v_each, E_WIDTH, BLOCK_E, ACC)
+    k, v = (k * k_numbers).to(Q.dtype.element_ty), (v * v_numbers).to(Q.dtype.element_ty)
     dk = tl.zeros([BLOCK_M, BLOCK_K], ACC)
     dv = tl.zeros([BLOCK_M, BLOCK_E], ACC)
     for start in range(0, n, BLOCK_N):
@@ -196,17 +201,19 @@ def quantized_backward_scales(
         place = (b * heads + h) * n + rows
         q = rows_of(Q + b * q_b + h * q_h, rows, q_n, inside, K_WIDTH, BLOCK_K)
         dout = rows_of(DOut + b * dout_b + h * dout_h, rows, dout_n, inside, E_WIDTH, BLOCK_E)
-        score = masked_scores(
-            q, k.to(q.dtype), Mask, rows, tokens, n, m, mask_n, mask_m, scale, MASK, PRECISION, ACC
-        )
+        score = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale
+        score = masked_scores(score, Mask, rows[None, :], tokens[:, None], n, m, mask_n, mask_m, MASK, ACC)
         top = tl.load(Top + place, mask=inside, other=0.0)
         total = tl.load(Total + place, mask=inside, other=1.0)
         delta = tl.load(Delta + place, mask=inside, other=0.0)
-        p = tl.exp(score - top[:, None]) / total[:, None]
-        dv = tl.dot(tl.trans(p.to(q.dtype)), dout, dv, input_precision=PRECISION, out_dtype=ACC)
-        dp = tl.dot(dout, tl.trans(v.to(q.dtype)), input_precision=PRECISION, out_dtype=ACC)
-        ds = p * (dp - delta[:, None])
-        dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION, out_dtype=ACC)
+        p = tl.exp(score - top[None, :]) / total[None, :]
+        dv = tl.dot(p.to(q.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC)
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)
+    # Read again: kept over the loop, they would fill registers.
+    k_numbers = numbers_of(K + b * k_b + h * k_h, tokens, k_m, held, K_WIDTH, BLOCK_K, K_PACKED, ACC)
+    v_numbers = numbers_of(V + b * v_b + h * v_h, tokens, v_m, held, E_WIDTH, BLOCK_E, V_PACKED, ACC)
     DKScale += place_of(b, h, heads, m, k_groups)
     DVScale += place_of(b, h, heads, m, v_groups)
     put_group_sums(DKScale, dk * scale * k_numbers, tokens, held, k_groups, k_each, BLOCK_K, ACC)

@@ -140,6 +140,17 @@ def test_scales_without_a_gradient_cost_no_kernel():
     assert [name for name, _ in record.launches] == ["quantized_forward", "quantized_backward_queries"]
 
 
+def compare_masked(within_twice_torch):
+    """The comparison that wrong kernels must fail."""
+    mask = torch.ones(3, 18, dtype=torch.bool)
+    mask[0], mask[1, ::3] = False, False
+    compare(within_twice_torch, inputs(4, b=1, m=18), mask, [torch.float64])
+
+
+def test_the_right_kernel_passes(within_twice_torch):
+    compare_masked(within_twice_torch)
+
+
 @pytest.mark.parametrize(
     "kernel, old, new",
     [
@@ -148,7 +159,9 @@ def test_scales_without_a_gradient_cost_no_kernel():
         ("scales_of", "columns // each", "columns // (each + 1)"),
         ("scales_of", "columns // each", "columns * 0 // each"),
         ("masked_scores", "(tokens < m)", "(tokens < m - 1)"),
-        ("masked_scores", "out_dtype=ACC) * scale", "out_dtype=ACC)"),
+        ("quantized_forward", "out_dtype=ACC) * scale", "out_dtype=ACC)"),
+        ("quantized_backward_queries", "out_dtype=ACC) * scale", "out_dtype=ACC)"),
+        ("quantized_backward_scales", "out_dtype=ACC) * scale", "out_dtype=ACC)"),
         ("masked_scores", "* mask_n", "* mask_m"),
         ("quantized_forward", "total = total * shrink", "total = total"),
         ("quantized_forward", "mixed *= shrink[:, None]", "mixed *= 1.0"),
@@ -157,9 +170,9 @@ def test_scales_without_a_gradient_cost_no_kernel():
         ("quantized_forward", "raised == float", "raised != float"),
         ("quantized_backward_queries", "(dp - delta[:, None])", "dp"),
         ("quantized_backward_queries", "dq * scale", "dq"),
-        ("quantized_backward_scales", "(dp - delta[:, None])", "dp"),
+        ("quantized_backward_scales", "(dp - delta[None, :])", "dp"),
         ("quantized_backward_scales", "dk * scale * k_numbers", "dk * k_numbers"),
-        ("quantized_backward_scales", "dk * scale * k_numbers", "dk * scale * k"),
+        ("quantized_backward_scales", "dk * scale * k_numbers", "dk * scale"),
         ("quantized_backward_scales", "dv * v_numbers", "dv"),
         ("put_group_sums", "group == g", "group <= g"),
         ("place_of", "(b * heads + h)", "b * heads"),
@@ -167,7 +180,5 @@ def test_scales_without_a_gradient_cost_no_kernel():
 )
 def test_wrong_kernels_are_noticed(kernel, old, new, mutated, within_twice_torch):
     mutated("quantized_kernel", kernel, old, new)
-    mask = torch.ones(3, 18, dtype=torch.bool)
-    mask[0], mask[1, ::3] = False, False
     with pytest.raises(AssertionError, match=r"error|NaN|infinities"):
-        compare(within_twice_torch, inputs(4, b=1, m=18), mask, [torch.float64])
+        compare_masked(within_twice_torch)
