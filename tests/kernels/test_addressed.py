@@ -148,10 +148,9 @@ def test_gradients_and_registration(passes_gradcheck, is_an_operator):
     is_an_operator(
         addressed_weights_backward_op, (address, query, table, sharpness, address), gradients=False
     )
-    for shared in (share, None):
-        is_an_operator(addressed_read_op, (query, table, sharpness, slots, shared))
-        backward = (y, query, table, sharpness, slots, shared, *sums)
-        is_an_operator(addressed_read_backward_op, backward, gradients=False)
+    is_an_operator(addressed_read_op, (query, table, sharpness, slots, share))
+    backward = (y, query, table, sharpness, slots, None, *sums)
+    is_an_operator(addressed_read_backward_op, backward, gradients=False)
 
 
 def compare_weights(within_twice_torch):
