@@ -18,6 +18,8 @@ torch adds the parts in one order.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -335,7 +337,7 @@ def addressed_read_backward_slots(
 # ---------------------------------------------------------------------------------------------- the launches
 
 
-def constants(kernel: str, query: Tensor, width: int) -> tuple[dict[str, object], Tile]:
+def constants(kernel: str, query: Tensor, width: int) -> tuple[dict[str, Any], Tile]:
     """The constants that all kernels share, and the tile. width: the widest axis of a row."""
     k = query.shape[-1]
     used = tile(kernel, width, query.dtype)

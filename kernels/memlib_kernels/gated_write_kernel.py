@@ -18,6 +18,8 @@ scan. Nothing is divided by remain, so an erasure of exactly 1 is exact.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -180,7 +182,7 @@ def gated_write_backward_values(
 # ---------------------------------------------------------------------------------------------- the launches
 
 
-def constants(kernel: str, slots: Tensor, e: int) -> tuple[dict[str, object], Tile]:
+def constants(kernel: str, slots: Tensor, e: int) -> tuple[dict[str, Any], Tile]:
     """The constants that the kernels share, and the tile: n tokens by m slots. Products are of float32."""
     wide = torch.promote_types(slots.dtype, torch.float32)
     used = tile(kernel, e, wide)

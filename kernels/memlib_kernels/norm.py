@@ -52,8 +52,8 @@ def fused_norm(
         return y if residual is None else (y, total)
     total = x if residual is None else x + residual
     if kind == "layer":
-        like = [None if t is None else t.to(x.dtype) for t in (weight, bias)]
-        y = F.layer_norm(total, weight.shape, *like, eps)
+        shift = None if bias is None else bias.to(x.dtype)
+        y = F.layer_norm(total, weight.shape, weight.to(x.dtype), shift, eps)
     else:
         y = rms_norm(total, weight, eps)
         y = y if bias is None else y + bias.to(y.dtype)

@@ -12,6 +12,8 @@ Each program sums dweight and dbias over its rows; torch adds the programs' sums
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -121,7 +123,7 @@ def norm_backward(
 
 def constants(
     kernel: str, rows: Tensor, bias: Tensor | None, kind: str, dropout: float, activation: str
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """The constants that both passes share. A long row takes more warps: one program holds all of it."""
     width = next_power(rows.shape[-1])
     used = tile(kernel, rows.shape[-1], rows.dtype)

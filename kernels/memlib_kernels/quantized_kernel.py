@@ -16,6 +16,8 @@ share a bank. Layout of the numbers: quantized.py.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -241,7 +243,7 @@ def quantized_backward_scales(
 
 def constants(
     kernel: str, q: Tensor, keys: Tensor, key_scales: Tensor, values: Tensor, value_scales: Tensor
-) -> tuple[dict[str, object], Tile]:
+) -> tuple[dict[str, Any], Tile]:
     """The constants that all kernels share, and the tile."""
     k, e = width_of(keys), width_of(values)
     used = tile(kernel, max(k, e), q.dtype)
