@@ -39,13 +39,37 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def rows_of(Tensor_, rows, row_stride, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The rows `rows` of a matrix whose last axis is contiguous, zeros outside: [rows BLOCK]."""
-    columns = tl.arange(0, BLOCK)
+def rows_of(Tensor_, rows, row_stride, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr, first=0):
+    """The rows `rows` of a matrix whose last axis is contiguous, zeros outside: [rows BLOCK].
+
+    first: the first column, a multiple of BLOCK.
+    """
+    columns = first + tl.arange(0, BLOCK)
     at = Tensor_ + rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
-    if WIDTH == BLOCK:
+    if WIDTH % BLOCK == 0:
         return tl.load(at, mask=inside[:, None], other=0.0)
     return tl.load(at, mask=inside[:, None] & (columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def product(
+    a, b, A, rows_a, a_step, inside_a, B, rows_b, b_step, inside_b,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """a b^T, of rows a of A and b of B: [rows_a rows_b].
+
+    A wide float32 tile does not fit in registers, least of all as the TF32 terms of tf32x3, which the
+    compiler keeps for the whole loop. Then CHUNK columns at a time are loaded again, and a and b not used.
+    """
+    if CHUNK >= BLOCK:
+        total = tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=ACC)
+    else:
+        total = tl.zeros([a.shape[0], b.shape[0]], ACC)
+        for first in range(0, BLOCK, CHUNK):
+            part_a = rows_of(A, rows_a, a_step, inside_a, WIDTH, CHUNK, first)
+            part_b = rows_of(B, rows_b, b_step, inside_b, WIDTH, CHUNK, first)
+            total = tl.dot(part_a, tl.trans(part_b), total, input_precision=PRECISION, out_dtype=ACC)
+    return total
 
 
 @triton.jit
@@ -64,12 +88,13 @@ def masked_scores(
 ):  # fmt: skip
     """Scores with the bias added, and -inf where a query may not attend.
 
-    score: [rows keys], rows: [rows 1], keys, inside: [1 keys]; or all of them transposed.
+    score: [rows keys], rows: [rows 1], keys, inside: [1 keys]; or all of them transposed. Keys that are not
+    inside must be m or more. Rows from n on get scores that nobody reads.
     """
-    allowed = inside & (rows < n)
+    allowed = inside
     last = rows + (m - n)  # the last query sees the last key
     if CAUSAL:
-        allowed = allowed & (keys <= last)
+        allowed = keys <= last  # so they are inside, and one comparison is enough
     if WINDOW > 0:
         allowed = allowed & (keys > last - WINDOW)
     if VALID:
@@ -79,7 +104,7 @@ def masked_scores(
         score += tl.load(Bias + keys.to(tl.int64) * bias_m, mask=inside, other=0.0).to(ACC)
     if BIAS == "pair":
         at = Bias + rows.to(tl.int64) * bias_n + keys.to(tl.int64) * bias_m
-        score += tl.load(at, mask=allowed, other=0.0).to(ACC)
+        score += tl.load(at, mask=(rows < n) & (keys < m), other=0.0).to(ACC)
     return tl.where(allowed, score, float("-inf"))
 
 
@@ -104,8 +129,9 @@ def attention_forward(
     places_b, places_h, places_g, out_b, out_h, out_n,
     heads, per_key_head, n, m, listed, group, tiles, scale,
     K_WIDTH: tl.constexpr, E_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    BIAS: tl.constexpr, VALID: tl.constexpr, PLACES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, BIAS: tl.constexpr, VALID: tl.constexpr, PLACES: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out and lse of one tile of queries. group: queries that share their places; tiles: of a group."""
     tile_of_head, bh = tl.program_id(0), tl.program_id(1)
@@ -114,12 +140,13 @@ def attention_forward(
     start = which * group + tile_of_head % tiles * BLOCK_N
     rows = start + tl.arange(0, BLOCK_N)
     inside_rows = (rows < n) & (rows < (which + 1) * group)
+    Q += b * q_b + h * q_h
     K += b * k_b + h // per_key_head * k_h
     V += b * v_b + h // per_key_head * v_h
     Bias += b * bias_b + h * bias_h
     Valid += b * valid_b
     Places += b * places_b + h * places_h + which.to(tl.int64) * places_g
-    q = rows_of(Q + b * q_b + h * q_h, rows, q_n, inside_rows, K_WIDTH, BLOCK_K)
+    q = rows_of(Q, rows, q_n, inside_rows, K_WIDTH, BLOCK_K)
     top = tl.full([BLOCK_N], float("-inf"), ACC)
     total = tl.zeros([BLOCK_N], ACC)
     mixed = tl.zeros([BLOCK_N, BLOCK_E], ACC)
@@ -132,12 +159,15 @@ def attention_forward(
         if PLACES:
             keys = tl.load(Places + keys, mask=inside, other=-1)
             inside = keys >= 0
+            keys = tl.where(inside, keys, m)
         k = rows_of(K, keys, k_m, inside, K_WIDTH, BLOCK_K)
         v = rows_of(V, keys, v_m, inside, E_WIDTH, BLOCK_E)
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
+        score = product(
+            q, k, Q, rows, q_n, inside_rows, K, keys, k_m, inside, K_WIDTH, BLOCK_K, CHUNK, PRECISION, ACC
+        )
         score = masked_scores(
-            score, Bias, Valid, rows[:, None], keys[None, :], inside[None, :], n, m, bias_n, bias_m, valid_m,
-            CAUSAL, WINDOW, BIAS, VALID, ACC,
+            score * scale, Bias, Valid, rows[:, None], keys[None, :], inside[None, :],
+            n, m, bias_n, bias_m, valid_m, CAUSAL, WINDOW, BIAS, VALID, ACC,
         )  # fmt: skip
         raised = tl.maximum(top, tl.max(score, 1))
         safe = tl.where(raised == float("-inf"), 0.0, raised)  # no key so far: -inf - -inf would be NaN
@@ -160,8 +190,9 @@ def attention_backward_queries(
     places_b, places_h, places_g, out_b, out_h, out_n, dq_b, dq_h, dq_n,
     heads, per_key_head, n, m, listed, group, tiles, scale,
     K_WIDTH: tl.constexpr, E_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    BIAS: tl.constexpr, VALID: tl.constexpr, PLACES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, BIAS: tl.constexpr, VALID: tl.constexpr, PLACES: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries, and its delta for the other kernel."""
     tile_of_head, bh = tl.program_id(0), tl.program_id(1)
@@ -171,13 +202,15 @@ def attention_backward_queries(
     rows = start + tl.arange(0, BLOCK_N)
     inside_rows = (rows < n) & (rows < (which + 1) * group)
     at = bh.to(tl.int64) * n + rows
+    Q += b * q_b + h * q_h
     K += b * k_b + h // per_key_head * k_h
     V += b * v_b + h // per_key_head * v_h
     Bias += b * bias_b + h * bias_h
     Valid += b * valid_b
     Places += b * places_b + h * places_h + which.to(tl.int64) * places_g
-    q = rows_of(Q + b * q_b + h * q_h, rows, q_n, inside_rows, K_WIDTH, BLOCK_K)
-    dout = rows_of(DOut + b * out_b + h * out_h, rows, out_n, inside_rows, E_WIDTH, BLOCK_E)
+    DOut += b * out_b + h * out_h
+    q = rows_of(Q, rows, q_n, inside_rows, K_WIDTH, BLOCK_K)
+    dout = rows_of(DOut, rows, out_n, inside_rows, E_WIDTH, BLOCK_E)
     out = rows_of(Out + b * out_b + h * out_h, rows, out_n, inside_rows, E_WIDTH, BLOCK_E)
     delta = tl.sum(out.to(ACC) * dout.to(ACC), 1) - tl.load(DLse + at, mask=inside_rows, other=0.0)
     tl.store(Delta + at, delta, mask=inside_rows)
@@ -193,15 +226,21 @@ def attention_backward_queries(
         if PLACES:
             keys = tl.load(Places + keys, mask=inside, other=-1)
             inside = keys >= 0
+            keys = tl.where(inside, keys, m)
         k = rows_of(K, keys, k_m, inside, K_WIDTH, BLOCK_K)
         v = rows_of(V, keys, v_m, inside, E_WIDTH, BLOCK_E)
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
+        score = product(
+            q, k, Q, rows, q_n, inside_rows, K, keys, k_m, inside, K_WIDTH, BLOCK_K, CHUNK, PRECISION, ACC
+        )
         score = masked_scores(
-            score, Bias, Valid, rows[:, None], keys[None, :], inside[None, :], n, m, bias_n, bias_m, valid_m,
-            CAUSAL, WINDOW, BIAS, VALID, ACC,
+            score * scale, Bias, Valid, rows[:, None], keys[None, :], inside[None, :],
+            n, m, bias_n, bias_m, valid_m, CAUSAL, WINDOW, BIAS, VALID, ACC,
         )  # fmt: skip
         p = tl.exp2((score - lse[:, None]) * LOG2E)
-        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
+        dp = product(
+            dout, v, DOut, rows, out_n, inside_rows, V, keys, v_m, inside,
+            E_WIDTH, BLOCK_E, CHUNK, PRECISION, ACC,
+        )  # fmt: skip
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
     put_rows(DQ + b * dq_b + h * dq_h, dq * scale, rows, dq_n, inside_rows, K_WIDTH, BLOCK_K)
@@ -214,8 +253,9 @@ def attention_backward_keys(
     out_b, out_h, out_n, dk_b, dk_h, dk_m, dv_b, dv_h, dv_m,
     heads, per_key_head, n, m, scale,
     K_WIDTH: tl.constexpr, E_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    BIAS: tl.constexpr, VALID: tl.constexpr, DBIAS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, BIAS: tl.constexpr, VALID: tl.constexpr, DBIAS: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dk, dv and dbias of one tile of keys.
 
@@ -227,9 +267,11 @@ def attention_backward_keys(
     b, g = (bg // key_heads).to(tl.int64), (bg % key_heads).to(tl.int64)
     keys = first + tl.arange(0, BLOCK_M)
     inside = keys < m
+    K += b * k_b + g * k_h
+    V += b * v_b + g * v_h
     Valid += b * valid_b
-    k = rows_of(K + b * k_b + g * k_h, keys, k_m, inside, K_WIDTH, BLOCK_K)
-    v = rows_of(V + b * v_b + g * v_h, keys, v_m, inside, E_WIDTH, BLOCK_E)
+    k = rows_of(K, keys, k_m, inside, K_WIDTH, BLOCK_K)
+    v = rows_of(V, keys, v_m, inside, E_WIDTH, BLOCK_E)
     dk = tl.zeros([BLOCK_M, BLOCK_K], ACC)
     dv = tl.zeros([BLOCK_M, BLOCK_E], ACC)
     low = 0
@@ -246,19 +288,26 @@ def attention_backward_keys(
         rows = low + step % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
         inside_rows = rows < n
         at = head * n + rows
-        q = rows_of(Q + b * q_b + h * q_h, rows, q_n, inside_rows, K_WIDTH, BLOCK_K)
-        dout = rows_of(DOut + b * out_b + h * out_h, rows, out_n, inside_rows, E_WIDTH, BLOCK_E)
+        Q_h, DOut_h = Q + b * q_b + h * q_h, DOut + b * out_b + h * out_h
+        q = rows_of(Q_h, rows, q_n, inside_rows, K_WIDTH, BLOCK_K)
+        dout = rows_of(DOut_h, rows, out_n, inside_rows, E_WIDTH, BLOCK_E)
         lse = tl.load(Lse + at, mask=inside_rows, other=float("-inf"))
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
         delta = tl.load(Delta + at, mask=inside_rows, other=0.0)
-        score = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale
+        score = product(
+            k, q, K, keys, k_m, inside, Q_h, rows, q_n, inside_rows, K_WIDTH, BLOCK_K, CHUNK, PRECISION, ACC
+        )
         score = masked_scores(
-            score, Bias + b * bias_b + h * bias_h, Valid, rows[None, :], keys[:, None], inside[:, None],
+            score * scale, Bias + b * bias_b + h * bias_h, Valid,
+            rows[None, :], keys[:, None], inside[:, None],
             n, m, bias_n, bias_m, valid_m, CAUSAL, WINDOW, BIAS, VALID, ACC,
         )  # fmt: skip
         p = tl.exp2((score - lse[None, :]) * LOG2E)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC)
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
+        dp = product(
+            v, dout, V, keys, v_m, inside, DOut_h, rows, out_n, inside_rows,
+            E_WIDTH, BLOCK_E, CHUNK, PRECISION, ACC,
+        )  # fmt: skip
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)
         if DBIAS == "key":
@@ -351,6 +400,12 @@ def strides(tensor: Tensor | None, axes: int) -> list[int]:
     ]
 
 
+def chunk(q: Tensor, v: Tensor) -> int:
+    """Columns of a product's operands that are loaded at a time: all, unless they are wide and float32."""
+    block = next_power(max(q.shape[-1], v.shape[-1]))
+    return 64 if block > 128 and q.element_size() > 2 else block
+
+
 def kind_of(bias: Tensor | None) -> str:
     """Whether a bias is per "key", per "pair" of query and key, or "none"."""
     return "none" if bias is None else "key" if bias.shape[-2] == 1 else "pair"
@@ -396,7 +451,7 @@ def forward(
         *strides(q, 3), *strides(k, 3), *strides(v, 3), *strides(bias, 4), *strides(valid, 2),
         *strides(places, 3), *strides(out, 3),
         h, h // k.shape[1], n, m, 0 if places is None else places.shape[-1], group, tiles, scale,
-        **constants, BLOCK_M=used.m, CAUSAL=causal, WINDOW=window, BIAS=kind_of(bias),
+        **constants, BLOCK_M=used.m, CHUNK=chunk(q, v), CAUSAL=causal, WINDOW=window, BIAS=kind_of(bias),
         VALID=valid is not None, PLACES=places is not None, PRECISION=precision(q),
     )  # fmt: skip
     return out, lse
@@ -442,7 +497,13 @@ def backward(
     constants, used = widths(q, v, "attention_backward_queries")
     groups, group, tiles = grouping(places, n, used.n)
     shared = {"BIAS": kind_of(bias), "ACC": accumulator(q)}
-    dense = {"CAUSAL": causal, "WINDOW": window, "VALID": valid is not None, "PRECISION": precision(q)}
+    dense = {
+        "CHUNK": chunk(q, v),
+        "CAUSAL": causal,
+        "WINDOW": window,
+        "VALID": valid is not None,
+        "PRECISION": precision(q),
+    }
     pointers = (q, k, v, q if bias is None else bias, q if valid is None else valid)
     steps = (*strides(q, 3), *strides(k, 3), *strides(v, 3))
     launch(

@@ -32,6 +32,7 @@ from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.jit import JITFunction
 
 from memlib_kernels.launch import Grid, Runner, using
+from memlib_kernels.tiles import Tile
 
 Builder: Any = triton_interpreter.InterpreterBuilder
 new_handle: Any = triton_interpreter.TensorHandle
@@ -119,19 +120,20 @@ class Record:
 
 
 @contextmanager
-def interpreted(block: int | None = 16, record: bool = False) -> Iterator[Record]:
+def interpreted(block: int | Tile | None = 16, record: bool = False) -> Iterator[Record]:
     """Execute this package's kernels on CPU tensors inside this block, and yield what they did.
 
-    block: the side of all tiles, a power of two; None for the table's. record: also keep every load, store
-    and product, which is slow: for small inputs.
+    block: the side of all tiles, a power of two, or their Tile; None for the table's. record: also keep every
+    load, store and product, which is slow: for small inputs.
     """
     kept = Record()
+    tile = Tile(block, block) if isinstance(block, int) else block
 
     def run(kernel: JITFunction, grid: Grid, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
         kept.launches.append((kernel.fn.__name__, grid))
         interpret(kernel, grid, args, constants, kept if record else None)
 
-    with using(Runner(run, "interpreter", block)):
+    with using(Runner(run, "interpreter", tile)):
         yield kept
 
 

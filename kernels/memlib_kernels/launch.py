@@ -12,22 +12,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from memlib_kernels.tiles import Tile
 
 Grid = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Runner:
-    """run(kernel, grid, args, constants); target: "sm_90", "gfx942", … or "interpreter"; block: the side of
-    every tile, or None for the table's."""
+    """run(kernel, grid, args, constants); target: "sm_90", "gfx942", … or "interpreter"; tile: that of every
+    kernel, or None for the table's."""
 
     run: Callable[[Any, Grid, tuple[Any, ...], dict[str, Any]], None]
     target: str
-    block: int | None = None
+    tile: Tile | None = None
 
 
 _RUNNER: ContextVar[Runner | None] = ContextVar("memlib_kernels_runner", default=None)

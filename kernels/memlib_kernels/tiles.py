@@ -34,21 +34,22 @@ class Tile:
 
 
 FALLBACK = Tile(64, 64)
+PATH = Path(__file__).with_name("tiles.json")
 
 
 @lru_cache
 def table() -> list[dict[str, Any]]:
-    """The rows of tiles.json."""
-    path = Path(__file__).with_name("tiles.json")
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["tiles"] if path.exists() else []
+    """The rows of tiles.json: kernel, width, dtype, target; the tile's n, m, warps, stages; and what the
+    compiler reports of the kernel with each optional part (tile_search.py)."""
+    rows: list[dict[str, Any]] = json.loads(PATH.read_text())["tiles"] if PATH.exists() else []
     return rows
 
 
 def tile(kernel: str, width: int, dtype: torch.dtype) -> Tile:
     """The tile of a kernel for rows of `width` elements on the current target."""
     found = runner()
-    if found is not None and found.block is not None:
-        return Tile(found.block, found.block)
+    if found is not None and found.tile is not None:
+        return found.tile
     return chosen(kernel, width, str(dtype).removeprefix("torch."), target())
 
 
