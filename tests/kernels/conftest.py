@@ -37,7 +37,7 @@ def differentiated(function: Callable, inputs: Sequence[Tensor]) -> tuple[list[T
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
     outputs = [y for y in results(function(*leaves)) if y.is_floating_point()]
     noise = torch.Generator().manual_seed(1)
-    grads = [torch.randint(-8, 9, y.shape, generator=noise).to(y.dtype) / 4 for y in outputs]
+    grads = [torch.randint(-8, 9, y.shape, generator=noise).to(y) / 4 for y in outputs]
     grads = [torch.where(y.isfinite(), g, 0.0) for y, g in zip(outputs, grads, strict=True)]
     learned = [t for t in leaves if t.requires_grad]
     found = torch.autograd.grad(outputs, learned, grads, allow_unused=True)
