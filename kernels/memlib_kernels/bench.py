@@ -156,7 +156,7 @@ def measure_gpu(log: Callable[[str], None] = print) -> list[Timing]:
     flex = torch.compile(flex_attention)
     found = []
     for b, h, n, k in GPU_SHAPES:
-        shape = {"dtype": torch.bfloat16, "device": "cuda", "requires_grad": True}
+        shape: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda", "requires_grad": True}
         tensors = [torch.randn(b, h, n, k, **shape) for _ in range(3)]
         mask = create_block_mask(lambda b, h, q, kv: q >= kv, None, None, n, n)
         calls: dict[str, Callable[..., Any]] = {
