@@ -18,7 +18,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from memlib_kernels.addressed_op import addressed_read_op, addressed_weights_op
-from memlib_kernels.dispatch import eager_cpu
+from memlib_kernels.dispatch import apply, eager_cpu
 from memlib_kernels.launch import runs_triton
 
 
@@ -31,7 +31,7 @@ def addressed_weights(query: Tensor, table: Tensor, sharpness: Tensor | float = 
         return addressed_weights_op(*prepared(query, table, sharpness))
     query = query * sharpness
     if eager_cpu(query, table) and query.numel():
-        return Addresses.apply(query, table.to(query.dtype))
+        return apply(Addresses, query, table.to(query.dtype))
     return torch.softmax(einsum(query, table, "b n h k, h s k -> b n h s"), -1)
 
 

@@ -31,7 +31,7 @@ from memlib_kernels.rows import dense
 from memlib_kernels.tiles import Tile, accumulator, next_power, precision, tile
 
 PARTS = 32  # at most, of a sum over rows
-WIDEST = 128  # of a tile along the slot width
+WIDEST = 256  # bytes of a tile along the slot width: more would spill registers
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def scores(
 
 
 @triton.jit
-def weights_forward(
+def addressed_weights_forward(
     Query, Table, Sharpness, Out, q_r, q_h, t_h, t_s, r, heads, s,
     K_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
@@ -81,7 +81,7 @@ def weights_forward(
 
 
 @triton.jit
-def weights_backward_query(
+def addressed_weights_backward_query(
     DOut, Address, Query, Table, Sharpness, DQuery, DSharpness, Delta, q_r, q_h, t_h, t_s, r, heads, s,
     K_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
@@ -118,7 +118,7 @@ def weights_backward_query(
 
 
 @triton.jit
-def weights_backward_table(
+def addressed_weights_backward_table(
     DOut, Address, Query, Sharpness, Delta, DTable, q_r, q_h, r, heads, s, part,
     K_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
@@ -133,19 +133,19 @@ def weights_backward_table(
         rows = first + tl.arange(0, BLOCK_N)
         inside = rows < tl.minimum(begin + part, r)
         place = rows.to(tl.int64) * heads + h
-        at = place[:, None] * s + slots[None, :]
-        mask = inside[:, None] & (slots < s)[None, :]
+        at = place[None, :] * s + slots[:, None]
+        mask = inside[None, :] & (slots < s)[:, None]
         a = tl.load(Address + at, mask=mask, other=0.0).to(ACC)
         da = tl.load(DOut + at, mask=mask, other=0.0).to(ACC)
-        ds = a * (da - tl.load(Delta + place, mask=inside, other=0.0)[:, None])
+        ds = a * (da - tl.load(Delta + place, mask=inside, other=0.0)[None, :])
         q = rows_of(Query + h * q_h, rows, q_r, inside, K_WIDTH, BLOCK_K)
-        dtable = tl.dot(tl.trans(ds.to(q.dtype)), q, dtable, input_precision=PRECISION, out_dtype=ACC)
+        dtable = tl.dot(ds.to(q.dtype), q, dtable, input_precision=PRECISION, out_dtype=ACC)
     out = DTable + (tl.program_id(2).to(tl.int64) * heads + h) * s * K_WIDTH
     put_rows(out, dtable * factor, slots, K_WIDTH, slots < s, K_WIDTH, BLOCK_K)
 
 
 @triton.jit
-def read_forward(
+def addressed_read_forward(
     Query, Table, Sharpness, Slots, Share, Out, Top, Total,
     q_b, q_n, q_h, t_h, t_s, m_b, m_h, m_s, share_b, share_n, share_h, n, heads, s, e,
     K_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -187,34 +187,43 @@ def read_forward(
 
 
 @triton.jit
-def addresses(score, Top, Total, place, inside):
+def addresses(score, top, total):
     """The addresses of a tile again, from the maximum and the sum of the forward pass."""
+    return tl.exp(score - top) / total
+
+
+@triton.jit
+def addresses_by_slot(
+    table, q, factor, Top, Total, place, inside, PRECISION: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """The addresses of a tile, transposed: [s n]. They then enter their products as they are.
+
+    Rows of slots outside hold anything: no sum runs over slots here, and these rows are not stored.
+    """
+    score = tl.dot(table, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * factor
     top = tl.load(Top + place, mask=inside, other=0.0)
     total = tl.load(Total + place, mask=inside, other=1.0)
-    return tl.exp(score - top[:, None]) / total[:, None]
+    return addresses(score, top[None, :], total[None, :])
 
 
 @triton.jit
 def products(
     DOut, Slots, rows, slots, n, s, m_s, e, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_E: tl.constexpr, BY_SLOT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """g = dy . M of one tile, over the whole slot width: [n s]."""
-    g = tl.zeros([BLOCK_N, BLOCK_S], ACC)
+    """g = dy . M of one tile, over the whole slot width: [n s], or [s n] by slot."""
+    g = tl.zeros([BLOCK_S, BLOCK_N] if BY_SLOT else [BLOCK_N, BLOCK_S], ACC)
     for first in range(0, e, BLOCK_E):
         places = first + tl.arange(0, BLOCK_E)
         width = (places < e)[None, :]
-        dout = tl.load(
-            DOut + rows.to(tl.int64)[:, None] * e + places[None, :],
-            mask=(rows < n)[:, None] & width,
-            other=0.0,
-        )
-        held = tl.load(
-            Slots + slots.to(tl.int64)[:, None] * m_s + places[None, :],
-            mask=(slots < s)[:, None] & width,
-            other=0.0,
-        )
-        g = tl.dot(dout, tl.trans(held.to(dout.dtype)), g, input_precision=PRECISION, out_dtype=ACC)
+        at = DOut + rows.to(tl.int64)[:, None] * e + places[None, :]
+        dout = tl.load(at, mask=(rows < n)[:, None] & width, other=0.0)
+        at = Slots + slots.to(tl.int64)[:, None] * m_s + places[None, :]
+        held = tl.load(at, mask=(slots < s)[:, None] & width, other=0.0).to(dout.dtype)
+        if BY_SLOT:
+            g = tl.dot(held, tl.trans(dout), g, input_precision=PRECISION, out_dtype=ACC)
+        else:
+            g = tl.dot(dout, tl.trans(held), g, input_precision=PRECISION, out_dtype=ACC)
     return g
 
 
@@ -227,7 +236,7 @@ def shares(Share, rows, n, share_n, heads, SHARE: tl.constexpr, ACC: tl.constexp
 
 
 @triton.jit
-def read_backward_query(
+def addressed_read_backward_query(
     Query, Table, Sharpness, Slots, Share, DOut, Top, Total, DQuery, DSharpness, DShare,
     q_b, q_n, q_h, t_h, t_s, m_b, m_h, m_s, share_b, share_n, share_h, n, heads, s, e,
     K_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -243,20 +252,22 @@ def read_backward_query(
     DOut += b * n * e
     Slots += b * m_b + h * m_h
     Table += h * t_h
+    top = tl.load(Top + place, mask=inside, other=0.0)[:, None]
+    total = tl.load(Total + place, mask=inside, other=1.0)[:, None]
     dshare = tl.zeros([BLOCK_N], ACC)
     for first in range(0, s, BLOCK_S):
         slots = first + tl.arange(0, BLOCK_S)
         score, _ = scores(q, Table, factor, t_s, slots, s, K_WIDTH, BLOCK_K, PRECISION, ACC)
-        g = products(DOut, Slots, rows, slots, n, s, m_s, e, BLOCK_N, BLOCK_S, BLOCK_E, PRECISION, ACC)
-        dshare += tl.sum(addresses(score, Top, Total, place, inside) * g, 1)
+        g = products(DOut, Slots, rows, slots, n, s, m_s, e, BLOCK_N, BLOCK_S, BLOCK_E, False, PRECISION, ACC)
+        dshare += tl.sum(addresses(score, top, total) * g, 1)
     tl.store(DShare + place, dshare, mask=inside)
     share = shares(Share + b * share_b + h * share_h, rows, n, share_n, heads, SHARE, ACC)
     dq = tl.zeros([BLOCK_N, BLOCK_K], ACC)
     for first in range(0, s, BLOCK_S):
         slots = first + tl.arange(0, BLOCK_S)
         score, table = scores(q, Table, factor, t_s, slots, s, K_WIDTH, BLOCK_K, PRECISION, ACC)
-        g = products(DOut, Slots, rows, slots, n, s, m_s, e, BLOCK_N, BLOCK_S, BLOCK_E, PRECISION, ACC)
-        ds = addresses(score, Top, Total, place, inside) * (g - dshare[:, None]) * share[:, None]
+        g = products(DOut, Slots, rows, slots, n, s, m_s, e, BLOCK_N, BLOCK_S, BLOCK_E, False, PRECISION, ACC)
+        ds = addresses(score, top, total) * (g - dshare[:, None]) * share[:, None]
         dq = tl.dot(ds.to(table.dtype), table, dq, input_precision=PRECISION, out_dtype=ACC)
     tl.store(DSharpness + place, tl.sum(dq * q.to(ACC), 1), mask=inside)
     out = DQuery + (b * n * heads + h) * K_WIDTH
@@ -264,7 +275,7 @@ def read_backward_query(
 
 
 @triton.jit
-def read_backward_table(
+def addressed_read_backward_table(
     Query, Table, Sharpness, Slots, Share, DOut, Top, Total, DShare, DTable,
     q_b, q_n, q_h, t_h, t_s, m_b, m_h, m_s, share_b, share_n, share_h, n, heads, s, e,
     K_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -276,7 +287,7 @@ def read_backward_table(
     slots = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     DOut += b * n * e
     Slots += b * m_b + h * m_h
-    Table += h * t_h
+    table = rows_of(Table + h * t_h, slots, t_s, slots < s, K_WIDTH, BLOCK_K)
     dtable = tl.zeros([BLOCK_S, BLOCK_K], ACC)
     for first in range(0, n, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N)
@@ -285,16 +296,16 @@ def read_backward_table(
         q = rows_of(Query + b * q_b + h * q_h, rows, q_n, inside, K_WIDTH, BLOCK_K)
         dshare = tl.load(DShare + place, mask=inside, other=0.0)
         share = shares(Share + b * share_b + h * share_h, rows, n, share_n, heads, SHARE, ACC)
-        score, _ = scores(q, Table, factor, t_s, slots, s, K_WIDTH, BLOCK_K, PRECISION, ACC)
-        g = products(DOut, Slots, rows, slots, n, s, m_s, e, BLOCK_N, BLOCK_S, BLOCK_E, PRECISION, ACC)
-        ds = addresses(score, Top, Total, place, inside) * (g - dshare[:, None]) * share[:, None]
-        dtable = tl.dot(tl.trans(ds.to(q.dtype)), q, dtable, input_precision=PRECISION, out_dtype=ACC)
+        a = addresses_by_slot(table, q, factor, Top, Total, place, inside, PRECISION, ACC)
+        g = products(DOut, Slots, rows, slots, n, s, m_s, e, BLOCK_N, BLOCK_S, BLOCK_E, True, PRECISION, ACC)
+        ds = a * (g - dshare[None, :]) * share[None, :]
+        dtable = tl.dot(ds.to(q.dtype), q, dtable, input_precision=PRECISION, out_dtype=ACC)
     out = DTable + (b * heads + h) * s * K_WIDTH
     put_rows(out, dtable * factor, slots, K_WIDTH, slots < s, K_WIDTH, BLOCK_K)
 
 
 @triton.jit
-def read_backward_slots(
+def addressed_read_backward_slots(
     Query, Table, Sharpness, Share, DOut, Top, Total, DSlots,
     q_b, q_n, q_h, t_h, t_s, share_b, share_n, share_h, n, heads, s, e,
     K_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -305,6 +316,7 @@ def read_backward_slots(
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     slots = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     places = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
+    table = rows_of(Table + h * t_h, slots, t_s, slots < s, K_WIDTH, BLOCK_K)
     dslots = tl.zeros([BLOCK_S, BLOCK_E], ACC)
     for first in range(0, n, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N)
@@ -312,11 +324,11 @@ def read_backward_slots(
         place = b * n + rows
         q = rows_of(Query + b * q_b + h * q_h, rows, q_n, inside, K_WIDTH, BLOCK_K)
         share = shares(Share + b * share_b + h * share_h, rows, n, share_n, heads, SHARE, ACC)
-        score, _ = scores(q, Table + h * t_h, factor, t_s, slots, s, K_WIDTH, BLOCK_K, PRECISION, ACC)
-        a = addresses(score, Top, Total, place * heads + h, inside) * share[:, None]
+        a = addresses_by_slot(table, q, factor, Top, Total, place * heads + h, inside, PRECISION, ACC)
         at = DOut + place[:, None] * e + places[None, :]
         dout = tl.load(at, mask=inside[:, None] & (places < e)[None, :], other=0.0)
-        dslots = tl.dot(tl.trans(a.to(dout.dtype)), dout, dslots, input_precision=PRECISION, out_dtype=ACC)
+        a = (a * share[None, :]).to(dout.dtype)
+        dslots = tl.dot(a, dout, dslots, input_precision=PRECISION, out_dtype=ACC)
     out = DSlots + ((b * heads + h) * s + slots)[:, None] * e + places[None, :]
     mask = (slots < s)[:, None] & (places < e)[None, :]
     tl.store(out, dslots.to(DSlots.dtype.element_ty), mask=mask)
@@ -346,7 +358,7 @@ def weights(query: Tensor, table: Tensor, sharpness: Tensor) -> Tensor:
     out = query.new_empty(b, n, h, s)
     shared, used = constants("addressed_weights_forward", query, k)
     launch(
-        weights_forward,
+        addressed_weights_forward,
         (-(-b * n // used.n), h),
         query, table, sharpness, out, *strides(query, 2), *strides(table, 2), b * n, h, s, **shared,
     )  # fmt: skip
@@ -365,7 +377,7 @@ def weights_backward(
     delta, dsharpness = (query.new_empty(b * n, h, dtype=wide) for _ in range(2))
     shared, used = constants("addressed_weights_backward_query", query, k)
     launch(
-        weights_backward_query,
+        addressed_weights_backward_query,
         (-(-b * n // used.n), h),
         grad, address, query, table, sharpness, dquery, dsharpness, delta,
         *strides(query, 2), *strides(table, 2), b * n, h, s, **shared,
@@ -375,11 +387,16 @@ def weights_backward(
     part = -(-tiles // PARTS) * used.n
     dtable = table.new_empty(-(-b * n // part), h, s, k, dtype=wide)
     launch(
-        weights_backward_table,
+        addressed_weights_backward_table,
         (-(-s // used.m), h, len(dtable)),
         grad, address, query, sharpness, delta, dtable, *strides(query, 2), b * n, h, s, part, **shared,
     )  # fmt: skip
     return dquery, dtable.sum(0).to(table.dtype), total_of(dsharpness, sharpness)
+
+
+def part_of(query: Tensor, e: int) -> int:
+    """Numbers of a tile along the slot width."""
+    return max(16, min(next_power(e), WIDEST // query.element_size()))
 
 
 def total_of(parts: Tensor, like: Tensor) -> Tensor:
@@ -396,9 +413,9 @@ def read(
     out, wide = query.new_empty(b, n, e), torch.promote_types(query.dtype, torch.float32)
     top, total = (query.new_empty(b, n, h, dtype=wide) for _ in range(2))
     shared, used = constants("addressed_read_forward", query, max(k, e))
-    width = min(next_power(e), WIDEST)
+    width = part_of(query, e)
     launch(
-        read_forward,
+        addressed_read_forward,
         (-(-n // used.n), b, -(-e // width)),
         query, table, sharpness, slots, query if share is None else share, out, top, total,
         *strides(query, 3), *strides(table, 2), *strides(slots, 3), *strides(share, 3), n, h, s, e,
@@ -426,25 +443,25 @@ def read_backward(
     weighted = query if share is None else share
     steps = (*strides(query, 3), *strides(table, 2))
     sizes = (*strides(share, 3), n, h, s, e)
-    width = min(next_power(e), WIDEST)
+    width = part_of(query, e)
     options = {"BLOCK_E": width, "SHARE": share is not None}
     shared, used = constants("addressed_read_backward_query", query, max(k, e))
     launch(
-        read_backward_query,
+        addressed_read_backward_query,
         (-(-n // used.n), b * h),
         query, table, sharpness, slots, weighted, grad, top, total, dquery, dsharpness, dshare,
         *steps, *strides(slots, 3), *sizes, **shared, **options,
     )  # fmt: skip
     shared, used = constants("addressed_read_backward_table", query, max(k, e))
     launch(
-        read_backward_table,
+        addressed_read_backward_table,
         (-(-s // used.m), b * h),
         query, table, sharpness, slots, weighted, grad, top, total, dshare, dtable,
         *steps, *strides(slots, 3), *sizes, **shared, **options,
     )  # fmt: skip
     shared, used = constants("addressed_read_backward_slots", query, max(k, e))
     launch(
-        read_backward_slots,
+        addressed_read_backward_slots,
         (-(-s // used.m), b * h, -(-e // width)),
         query, table, sharpness, weighted, grad, top, total, dslots, *steps, *sizes, **shared, **options,
     )  # fmt: skip

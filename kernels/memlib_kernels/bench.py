@@ -46,7 +46,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of an operation and its peer; speedup: the median of their ratios in turns."""
+    """Milliseconds of an operation and its peer; speedup: the median of their ratios in turns.
+
+    least: the claimed speedup; floor_ms: of the roofline model, both None where there is none.
+    """
 
     name: str
     peer: str
@@ -54,7 +57,8 @@ class Timing:
     ms: float
     peer_ms: float
     speedup: float
-    least: float | None
+    least: float | None = None
+    floor_ms: float | None = None
 
 
 def normal(*shape: int) -> Tensor:
@@ -132,6 +136,52 @@ def turns(
 
 
 def measure_all(repeats: int = 15, log: Callable[[str], None] = print) -> list[Timing]:
+    """All comparisons on this machine's GPU, or on its CPU if it has none."""
+    return measure_gpu(log) if torch.cuda.is_available() else measure_cpu(repeats, log)
+
+
+GPU_SHAPES = ((4, 16, 2048, 64), (4, 16, 2048, 128), (1, 16, 16384, 128))  # b h n k
+
+
+def measure_gpu(log: Callable[[str], None] = print) -> list[Timing]:
+    """Causal attention in bfloat16 beside torch's attention and FlexAttention, with the roofline's floor."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from triton.testing import do_bench
+
+    from memlib_kernels.roofline import GPUS, attention_backward_keys, attention_backward_queries
+    from memlib_kernels.roofline import attention_forward as forward_work
+    from memlib_kernels.traffic import Attention
+
+    gpu = next((one for one in GPUS if one.name in torch.cuda.get_device_name()), None)
+    flex = torch.compile(flex_attention)
+    found = []
+    for b, h, n, k in GPU_SHAPES:
+        shape: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda", "requires_grad": True}
+        tensors = [torch.randn(b, h, n, k, **shape) for _ in range(3)]
+        mask = create_block_mask(lambda b, h, q, kv: q >= kv, None, None, n, n)
+        calls: dict[str, Callable[..., Any]] = {
+            "memlib": lambda *x: flash_attention(*x, causal=True)[0],
+            "torch": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+            "FlexAttention": lambda q, k, v, mask=mask: flex(q, k, v, block_mask=mask),
+        }
+        sizes = Attention(b, h, h, n, n, k, k, causal=True)
+        forward = [forward_work(sizes)]
+        both = [*forward, attention_backward_queries(sizes), attention_backward_keys(sizes)]
+        for direction, call, works in (
+            ("forward", without_gradients, forward),
+            ("forward and backward", with_backward, both),
+        ):
+            ms = {name: float(do_bench(call(op, tensors))) for name, op in calls.items()}
+            floor = None if gpu is None else 1e3 * sum(max(gpu.times(work).values()) for work in works)
+            for peer in ("torch", "FlexAttention"):
+                ratio = round(ms[peer] / ms["memlib"], 2)
+                name = f"causal attention, {b} x {h} heads x {n} x {k}"
+                found.append(Timing(name, peer, direction, ms["memlib"], ms[peer], ratio, None, floor))
+                log(f"{name}, {direction}: {ms['memlib']:.3f} ms, {peer} {ms[peer]:.3f} ms, floor {floor}")
+    return found
+
+
+def measure_cpu(repeats: int = 15, log: Callable[[str], None] = print) -> list[Timing]:
     """All comparisons on this CPU. Set OMP_NUM_THREADS=1: processor time of several threads adds up."""
     found = []
     for one in comparisons():
@@ -150,7 +200,7 @@ def measure_all(repeats: int = 15, log: Callable[[str], None] = print) -> list[T
 
 def to_table(timings: Sequence[Timing]) -> str:
     """Timings as a Markdown table."""
-    head = ["operation", "direction", "ms", "peer", "its ms", "speedup", "at least"]
+    head = ["operation", "direction", "ms", "peer", "its ms", "speedup", "at least", "floor, ms"]
     rows = [
         [
             t.name,
@@ -159,7 +209,7 @@ def to_table(timings: Sequence[Timing]) -> str:
             t.peer,
             f"{t.peer_ms:.2f}",
             f"{t.speedup:.2f}",
-            "–" if t.least is None else f"{t.least:.2f}",
+            *("–" if x is None else f"{x:.2f}" for x in (t.least, t.floor_ms)),
         ]
         for t in timings
     ]

@@ -17,7 +17,7 @@ from memlib_kernels.tiles import Tile
 Start = Callable[[int, torch.dtype, str], None]
 
 WIDTHS = (16, 32, 64, 128, 256)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = ((torch.float16, torch.bfloat16), (torch.float32,))  # those of a group share their tiles
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Case:
     options: tuple[str, ...]
     multiplies: bool = True
     widths: tuple[int, ...] = WIDTHS
-    dtypes: tuple[torch.dtype, ...] = DTYPES
+    dtypes: tuple[tuple[torch.dtype, ...], ...] = DTYPES
 
 
 def square_tiles(owns: str) -> Callable[[str], list[Tile]]:
@@ -82,7 +82,7 @@ def attention(width: int, dtype: torch.dtype, option: str) -> None:
     backward(out, lse, q, k, v, out, lse, bias, valid, places, causal, window, scale, bias is not None)
 
 
-DENSE = ("plain", "odd lengths", "bias per key", "bias per pair", "valid, window")
+DENSE = ("plain", "bias per pair", "valid, window", "bias per key", "odd lengths")
 
 CASES = (
     Case("attention_forward", attention, square_tiles("n"), (*DENSE, "places")),

@@ -7,6 +7,8 @@ operation says otherwise: the compiler fuses it, and an exported program contain
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,3 +21,11 @@ def eager_cpu(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     return all(t is None or (type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu") for t in tensors)
+
+
+def apply(function: Any, *args: Any) -> Any:
+    """`function.apply(*args)`; only its forward pass, which is faster, where no gradient is recorded."""
+    records = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+    if records or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return function.forward(*args)

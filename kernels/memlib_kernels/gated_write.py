@@ -27,7 +27,7 @@ from einops import einsum, rearrange, reduce
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlib_kernels.dispatch import eager_cpu
+from memlib_kernels.dispatch import apply, eager_cpu
 from memlib_kernels.gated_write_op import gated_write_op
 from memlib_kernels.launch import runs_triton
 
@@ -45,7 +45,7 @@ def gated_write(slots: Tensor, strength: Tensor, erase: Tensor, values: Tensor) 
     wide = [t.to(dtype) for t in (slots, strength, erase, values)]
     if eager_cpu(*wide) and all(t.numel() for t in wide):
         slots_, strength_, erase_, values_ = wide
-        return GatedWrite.apply(slots_, strength_, None if same else erase_, values_)[0].to(slots.dtype)
+        return apply(GatedWrite, slots_, strength_, None if same else erase_, values_)[0].to(slots.dtype)
     return gated_write_traced(*wide).to(slots.dtype)
 
 

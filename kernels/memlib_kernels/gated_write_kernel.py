@@ -30,7 +30,7 @@ from memlib_kernels.launch import launch
 from memlib_kernels.rows import dense
 from memlib_kernels.tiles import Tile, accumulator, next_power, precision, tile
 
-WIDEST = 128  # of a tile along the slot width
+WIDEST = 64  # numbers of a tile along the slot width: more would spill registers
 
 
 @triton.jit
@@ -138,8 +138,8 @@ def gated_write_backward_slots(
         grad = tile_of(Grad, slots, places, e, s, e).to(ACC)
         before += tl.sum(grad * tile_of(Slots + b * m_b, slots, places, m_s, s, e).to(ACC), 1)
         put_tile(DSlots + b * s * e, kept[:, None] * grad, slots, places, e, s, e)
-    derase = -tl.load(Later + slots, mask=inside, other=0.0) * before
-    tl.store(DErase + slots, derase.to(DErase.dtype.element_ty), mask=inside)
+    derase_first = -tl.load(Later + slots, mask=inside, other=0.0) * before
+    tl.store(DErase + slots, derase_first.to(DErase.dtype.element_ty), mask=inside)
     for start in range(0, n, BLOCK_T):
         tokens = start + tl.arange(0, BLOCK_T)
         match = tl.zeros([BLOCK_T, BLOCK_S], ACC)
@@ -220,11 +220,12 @@ def backward(
     later, kept = slots.new_empty(b, n, s, dtype=wide), slots.new_empty(b, s, dtype=wide)
     grad = grad.contiguous()
     slots, strength, erase, values = dense(slots, strength, erase, values)
-    shared, used = constants("gated_write_later", slots, e)
+    used = tile("gated_write_later", 1, wide)
     launch(
         gated_write_later,
         (-(-s // used.m), b),
-        erase, later, kept, *strides(erase, 2), n, s, **shared,
+        erase, later, kept, *strides(erase, 2), n, s,
+        BLOCK_T=used.n, BLOCK_S=used.m, ACC=accumulator(slots), **used.options,
     )  # fmt: skip
     shared, used = constants("gated_write_backward_slots", slots, e)
     launch(

@@ -147,6 +147,9 @@ def interpret(
 ) -> None:
     """Run one launch, program after program. A kernel's own exception passes through."""
     names = kernel.arg_names
+    unknown = constants.keys() - {*names, "num_warps", "num_stages"}
+    if unknown:
+        raise TypeError(f"{kernel.fn.__name__} has no argument {', '.join(sorted(unknown))}")
     constants = {name: value for name, value in constants.items() if name in names}
     given = dict(zip(names, args, strict=False)) | constants
     missing = [name for name in names if name not in given]

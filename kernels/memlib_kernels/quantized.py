@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from memlib_kernels.attention import attention, attention_reference
 from memlib_kernels.launch import runs_triton
-from memlib_kernels.quantized_op import quantized_read_op
+from memlib_kernels.quantized_op import fits, quantized_read_op
 
 
 def quantized_read(
@@ -38,7 +38,7 @@ def quantized_read(
 
     q: [b h n k]; keys: int8 [b h m k] or uint8 [b h m k/2], and scales [b h m g]; values: the same with width
     e. Keys and values may have size 1 in b and h. mask: as for `attention`. Returns [b h n e]. Differentiable
-    in q and scales.
+    in q and scales. The kernel takes rows of one group, or groups of a power of two; torch takes all others.
 
     Where keys and values are projections of a bank X [m d], K = X W_k and V = X W_v, read the bank itself:
 
@@ -52,12 +52,19 @@ def quantized_read(
     it pays in generation, and in training only with short segments; never in time where projected keys can be
     kept, as for a frozen bank, though they then need h (k + e) numbers a token instead of d.
     """
-    learned = mask is not None and mask.requires_grad  # the kernel gives no gradient to a bias
-    if runs_triton(q, *keys, *values, mask) and not learned and q.numel() and keys[0].numel():
+    if runs_triton(q, *keys, *values, mask) and kernel_takes(q, keys, values, mask):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         return quantized_read_op(q, *keys, *values, mask, scale)[0]
     k, v = (expanded(dequantize(*t), q) for t in (keys, values))
     return attention(q, k, v, mask, scale=scale)
+
+
+def kernel_takes(
+    q: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], mask: Tensor | None
+) -> bool:
+    """Whether the kernel serves these arguments; torch serves all. It gives no gradient to a bias."""
+    learned = mask is not None and mask.requires_grad
+    return not learned and fits(*keys) and fits(*values) and bool(q.numel() and keys[0].numel())
 
 
 def quantized_read_reference(

@@ -1,7 +1,8 @@
 """`quantized_read` in Triton as one operator of torch, with gradients.
 
 Axes: b batch, h heads, n queries, m tokens, k key width, e value width, g groups of a row. Nothing may be
-empty. Numbers and scales may have size 1 in b and h. quantized_kernel.py has the mathematics.
+empty. Numbers and scales may have size 1 in b and h. A row is one group, or a group's width is a power of
+two. quantized_kernel.py has the mathematics.
 """
 
 from __future__ import annotations
@@ -96,6 +97,17 @@ def _(
 def width_of(numbers: Tensor) -> int:
     """Numbers of a row: two to a byte in uint8."""
     return numbers.shape[-1] * (2 if numbers.dtype == torch.uint8 else 1)
+
+
+def group_width(numbers: Tensor, scales: Tensor) -> int:
+    """Numbers of a group; the last group may have fewer."""
+    return -(-width_of(numbers) // scales.shape[-1])
+
+
+def fits(numbers: Tensor, scales: Tensor) -> bool:
+    """Whether the kernels take these groups: one, or several of a power of two."""
+    each = group_width(numbers, scales)
+    return scales.shape[-1] == 1 or each & (each - 1) == 0
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

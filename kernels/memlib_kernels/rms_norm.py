@@ -13,7 +13,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from memlib_kernels.dispatch import eager_cpu
+from memlib_kernels.dispatch import apply, eager_cpu
 from memlib_kernels.launch import runs_triton
 from memlib_kernels.norm_op import WIDEST, norm_op
 
@@ -23,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     if runs_triton(x, weight) and x.shape[-1] <= WIDEST:
         return norm_op(x, weight, None, None, "rms", 0.0, 0, "none", eps)[0]
     if eager_cpu(x, weight) and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
-        return RMSNorm.apply(x, weight, eps)[0]
+        return apply(RMSNorm, x, weight, eps)[0]
     return rms_norm_reference(x, weight, eps)
 
 

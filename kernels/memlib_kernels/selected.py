@@ -22,7 +22,7 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlib_kernels.dispatch import eager_cpu
+from memlib_kernels.dispatch import apply, eager_cpu
 
 COLUMNS_FROM, ROWS = 2048, 16  # longer rows are first reduced to the maxima of their columns
 SORTED = 512  # shorter rows are sorted, which is faster than selecting first
@@ -35,7 +35,7 @@ def selected_scores(query: Tensor, table: Tensor, index: Tensor) -> Tensor:
     query: [b h n k], table: [b h c k], index: [b h n j] in 0 … c - 1 -> [b h n j].
     """
     if eager_cpu(query, table, index) and index.numel():
-        return SelectedScores.apply(query, table, index)
+        return apply(SelectedScores, query, table, index)
     return selected_scores_reference(query, table, index)
 
 
@@ -50,7 +50,7 @@ def selected_sum(weight: Tensor, table: Tensor, index: Tensor) -> Tensor:
     weight: [b h n j], table: [b h c k], index: [b h n j] in 0 … c - 1 -> [b h n k].
     """
     if eager_cpu(weight, table, index) and index.numel():
-        return SelectedSum.apply(weight, table, index)
+        return apply(SelectedSum, weight, table, index)
     return selected_sum_reference(weight, table, index)
 
 

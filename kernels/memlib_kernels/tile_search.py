@@ -4,8 +4,9 @@
     python -m memlib_kernels.tile_search --write [KERNEL …]    choose again, for all kernels or those named
 
 The rule: the candidates of a case are compiled from the largest down, with all optional parts. The first that
-spills no register, fits in shared memory and uses the best matrix instruction is taken. The table keeps the
-reports, and the tests compare them with what is compiled then.
+spills no register, fits in shared memory and uses the best matrix instruction is taken. Only where no
+candidate uses the best instruction, the next one may be used. The table keeps the reports, and the tests
+compare them with what is compiled then. It takes about an hour of one core.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import sys
 from collections import defaultdict
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,11 @@ from memlib_kernels.tiles import PATH, Tile, table
 
 Row = dict[str, Any]
 
+FAR = 64  # bytes: a tile that spills more is not tried with fewer stages
+
 
 def compiled_report(
-    case: Case, width: int, dtype: torch.dtype, target: str, option: str, tile: Tile | None = None
+    case: Case, width: int, target: str, dtype: torch.dtype, option: str, tile: Tile | None = None
 ) -> Report:
     """The report of a case's kernel, by its launch code. tile: None for the table's."""
     with compile_only(target, tile, only=case.kernel) as compiled:
@@ -42,22 +46,28 @@ def wanted(case: Case, target: str, dtype: torch.dtype) -> tuple[str, ...]:
     return allowed_products(target, dtype) if case.multiplies else ("none",)
 
 
-def choose(case: Case, width: int, dtype: torch.dtype, target: str) -> Row:
-    """The row of the first candidate without a problem. Raises LookupError if none is left."""
-    seen: dict[tuple[Tile, str], Report] = {}
-    for product in wanted(case, target, dtype):
+def choose(case: Case, width: int, dtypes: tuple[torch.dtype, ...], target: str) -> list[Row]:
+    """Rows of the first candidate that has no problem in any of these dtypes. LookupError if none is left."""
+    report = cache(partial(compiled_report, case, width, target))
+    parts = [(dtype, option) for option in case.options for dtype in dtypes]
+    for product in wanted(case, target, dtypes[0]):
+        hopeless = set()
         for tile in case.tiles(target):
-            reports = {}
-            for option in case.options:
-                if (tile, option) not in seen:
-                    seen[tile, option] = compiled_report(case, width, dtype, target, option, tile)
-                if seen[tile, option].problems(target, (product,)):
-                    break
-                reports[option] = seen[tile, option].to_json()
-            else:
-                where = {"kernel": case.kernel, "width": width, "dtype": name_of(dtype), "target": target}
-                return where | asdict(tile) | {"reports": reports}
-    raise LookupError(f"{case.kernel}, width {width}, {dtype}, {target}: every candidate has a problem")
+            shape = tile.n, tile.m, tile.warps
+            if shape in hopeless:
+                continue
+            reports = (report(*part, tile) for part in parts)
+            bad = next((found for found in reports if found.problems(target, (product,))), None)
+            if bad is None:
+                return [
+                    {"kernel": case.kernel, "width": width, "dtype": name_of(dtype), "target": target}
+                    | asdict(tile)
+                    | {"reports": {option: report(dtype, option, tile).to_json() for option in case.options}}
+                    for dtype in dtypes
+                ]
+            if bad.spills > FAR:
+                hopeless.add(shape)
+    raise LookupError(f"{case.kernel}, width {width}, {dtypes}, {target}: every candidate has a problem")
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -73,9 +83,9 @@ def write(kernels: list[str], path: Path = PATH) -> None:
             continue
         rows = [row for row in rows if row["kernel"] in order and row["kernel"] != case.kernel]
         for target in SHARED_LIMIT:
-            for dtype in case.dtypes:
+            for dtypes in case.dtypes:
                 for width in case.widths:
-                    rows.append(choose(case, width, dtype, target))
+                    rows += choose(case, width, dtypes, target)
                     print(json.dumps(rows[-1]), file=sys.stderr)
         rows.sort(key=lambda row: order.index(row["kernel"]))
         path.write_text('{"tiles": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]}\n")

@@ -13,13 +13,13 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from memlib_kernels.dispatch import eager_cpu
+from memlib_kernels.dispatch import apply, eager_cpu
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """heads: [b h n k]; cos, sin of the angles: [n k/2], without a gradient -> [b h n k]."""
     if eager_cpu(heads, cos, sin) and heads.numel():
-        return Rotation.apply(heads, cos, sin)
+        return apply(Rotation, heads, cos, sin)
     return rotate_reference(heads, cos, sin)
 
 

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlib_kernels.dispatch import eager_cpu
+from memlib_kernels.dispatch import apply, eager_cpu
 
 
 def shifted(x: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def shifted(x: Tensor) -> Tensor:
 def token_shift(x: Tensor, share: Tensor, first: Tensor | None = None) -> Tensor:
     """x: [b n d], share: [d], first: [b d], the token before the first one, zeros by default -> [b n d]."""
     if eager_cpu(x, share, first) and x.dtype == share.dtype and x.shape[1]:
-        return TokenShift.apply(x, share, first)
+        return apply(TokenShift, x, share, first)
     return token_shift_reference(x, share, first)
 
 

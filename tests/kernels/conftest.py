@@ -37,7 +37,7 @@ def differentiated(function: Callable, inputs: Sequence[Tensor]) -> tuple[list[T
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
     outputs = [y for y in results(function(*leaves)) if y.is_floating_point()]
     noise = torch.Generator().manual_seed(1)
-    grads = [torch.randint(-8, 9, y.shape, generator=noise).to(y.dtype) / 4 for y in outputs]
+    grads = [torch.randint(-8, 9, y.shape, generator=noise).to(y) / 4 for y in outputs]
     grads = [torch.where(y.isfinite(), g, 0.0) for y, g in zip(outputs, grads, strict=True)]
     learned = [t for t in leaves if t.requires_grad]
     found = torch.autograd.grad(outputs, learned, grads, allow_unused=True)
@@ -99,9 +99,10 @@ def check_error(name: str, mine: Tensor, theirs: Tensor, exact: Tensor, largest:
     assert torch.equal(mine[shut].double(), exact[shut]), f"{name}: not the same infinities"
     mine, theirs, exact = (t.double().masked_fill(shut, 0.0) for t in (mine, theirs, exact))
     if exact.numel():
-        eps = torch.finfo(getattr(torch, name.split()[0])).eps
+        # In float64 torch itself is the exact result: 1e-10 finds another formula, not another order.
+        eps = max(torch.finfo(getattr(torch, name.split()[0])).eps, 1e-10)
         error, torchs = float((mine - exact).abs().max()), float((theirs - exact).abs().max())
-        allowed = 2 * torchs + eps * largest + 1e-15
+        allowed = 2 * torchs + eps * largest + 1e-14
         assert error <= allowed, f"{name}: error {error:.2e}, torch's {torchs:.2e}, allowed {allowed:.2e}"
 
 

@@ -148,10 +148,31 @@ def test_gradients_and_registration(passes_gradcheck, is_an_operator):
     is_an_operator(
         addressed_weights_backward_op, (address, query, table, sharpness, address), gradients=False
     )
-    for shared in (share, None):
-        is_an_operator(addressed_read_op, (query, table, sharpness, slots, shared))
-        backward = (y, query, table, sharpness, slots, shared, *sums)
-        is_an_operator(addressed_read_backward_op, backward, gradients=False)
+    is_an_operator(addressed_read_op, (query, table, sharpness, slots, share))
+    backward = (y, query, table, sharpness, slots, None, *sums)
+    is_an_operator(addressed_read_backward_op, backward, gradients=False)
+
+
+def compare_weights(within_twice_torch):
+    """The comparison that wrong kernels must fail."""
+    tensors = inputs(1, 35, 2, 18, 3, 4)[:3]
+    within_twice_torch(addressed_weights, addressed_weights_reference, tensors, dtypes=[torch.float64])
+
+
+def compare_read(within_twice_torch, given_=5):
+    """The comparison that wrong kernels must fail."""
+    tensors = inputs(2, 3, 2, 18, 3, 18)[:given_]
+    within_twice_torch(addressed_read, addressed_read_reference, tensors, dtypes=[torch.float64])
+
+
+def test_the_right_kernels_pass(within_twice_torch, monkeypatch):
+    from memlib_kernels import addressed_kernel
+
+    monkeypatch.setattr(addressed_kernel, "PARTS", 2)
+    monkeypatch.setattr(addressed_kernel, "WIDEST", 16)
+    compare_weights(within_twice_torch)
+    compare_read(within_twice_torch)
+    compare_read(within_twice_torch, 4)
 
 
 @pytest.mark.parametrize(
@@ -160,56 +181,57 @@ def test_gradients_and_registration(passes_gradcheck, is_an_operator):
         ("raised_sum", "total * shrink", "total"),
         ("scores", "(slots < s)[None, :], score", "(slots <= s)[None, :], score"),
         ("scores", " * factor", ""),
-        ("weights_backward_query", "dq * factor", "dq"),
-        ("weights_backward_query", "tl.sum(dq * q, 1)", "tl.sum(dq * q * factor, 1)"),
-        ("weights_backward_table", "dtable * factor", "dtable"),
-        ("weights_forward", "/ total[:, None]", ""),
-        ("weights_forward", "Table += h * t_h", "Table += 0 * t_h"),
-        ("weights_backward_query", "(da - delta[:, None])", "da"),
-        ("weights_backward_query", "delta += tl.sum(a * da, 1)", "delta += tl.sum(da, 1)"),
-        ("weights_backward_table", "ds = a * (", "ds = ("),
-        ("weights_backward_table", "begin = tl.program_id(2) * part", "begin = 0"),
+        ("addressed_weights_backward_query", "dq * factor", "dq"),
+        ("addressed_weights_backward_query", "tl.sum(dq * q, 1)", "tl.sum(dq * q * factor, 1)"),
+        ("addressed_weights_backward_table", "dtable * factor", "dtable"),
+        ("addressed_weights_forward", "/ total[:, None]", ""),
+        ("addressed_weights_forward", "Table += h * t_h", "Table += 0 * t_h"),
+        ("addressed_weights_backward_query", "(da - delta[:, None])", "da"),
+        ("addressed_weights_backward_query", "delta += tl.sum(a * da, 1)", "delta += tl.sum(da, 1)"),
+        ("addressed_weights_backward_table", "ds = a * (", "ds = ("),
+        ("addressed_weights_backward_table", "begin = tl.program_id(2) * part", "begin = 0"),
     ],
 )
 def test_wrong_kernels_of_the_addresses_are_noticed(kernel, old, new, mutated, within_twice_torch):
     mutated("addressed_kernel", kernel, old, new).PARTS = 2
-    tensors = inputs(1, 35, 2, 18, 3, 4)[:3]
     with pytest.raises(AssertionError, match=r"error|NaN|infinities"):
-        within_twice_torch(addressed_weights, addressed_weights_reference, tensors, dtypes=[torch.float64])
+        compare_weights(within_twice_torch)
 
 
 @pytest.mark.parametrize(
     "kernel, old, new",
     [
-        ("read_forward", "mixed *= shrink[:, None]", "mixed *= 1.0"),
-        ("read_forward", "share = 1.0 / total", "share = 1.0"),
-        ("read_forward", "if SHARE:", "if False:"),
-        ("read_forward", "b * m_b + h * m_h", "b * m_b"),
-        ("read_backward_query", "dq * factor", "dq"),
-        ("read_backward_query", "tl.sum(dq * q.to(ACC), 1)", "tl.sum(dq, 1)"),
-        ("read_backward_table", "dtable * factor", "dtable"),
-        ("addresses", " / total[:, None]", ""),
+        ("addressed_read_forward", "mixed *= shrink[:, None]", "mixed *= 1.0"),
+        ("addressed_read_forward", "share = 1.0 / total", "share = 1.0"),
+        ("addressed_read_forward", "if SHARE:", "if False:"),
+        ("addressed_read_forward", "b * m_b + h * m_h", "b * m_b"),
+        ("addressed_read_backward_query", "dq * factor", "dq"),
+        ("addressed_read_backward_query", "tl.sum(dq * q.to(ACC), 1)", "tl.sum(dq, 1)"),
+        ("addressed_read_backward_table", "dtable * factor", "dtable"),
+        ("addresses", " / total", ""),
         ("products", "range(0, e, BLOCK_E)", "range(0, BLOCK_E, BLOCK_E)"),
         ("shares", "rows.to(tl.int64) * share_n", "rows.to(tl.int64)"),
-        ("read_backward_query", "tl.sum(addresses(score, Top, Total, place, inside) * g, 1)", "tl.sum(g, 1)"),
-        ("read_backward_query", "(g - dshare[:, None])", "g"),
-        ("read_backward_query", " * share[:, None]", ""),
-        ("read_backward_table", "(g - dshare[:, None])", "g"),
-        ("read_backward_table", "DOut += b * n * e", "DOut += 0"),
-        ("read_backward_slots", " * share[:, None]", ""),
-        ("read_backward_slots", "h * t_h", "b * t_h"),
+        (
+            "addressed_read_backward_query",
+            "tl.sum(addresses(score, top, total) * g, 1)",
+            "tl.sum(g, 1)",
+        ),
+        ("addressed_read_backward_query", "(g - dshare[:, None])", "g"),
+        ("addressed_read_backward_query", " * share[:, None]", ""),
+        ("addressed_read_backward_table", "(g - dshare[None, :])", "g"),
+        ("addressed_read_backward_table", "DOut += b * n * e", "DOut += 0"),
+        ("addressed_read_backward_slots", "a * share[None, :]", "a"),
+        ("addressed_read_backward_slots", "h * t_h", "b * t_h"),
+        ("addresses_by_slot", "* factor", ""),
     ],
 )
 def test_wrong_kernels_of_the_read_are_noticed(kernel, old, new, mutated, within_twice_torch):
     mutated("addressed_kernel", kernel, old, new).WIDEST = 16
-    tensors = inputs(2, 3, 2, 18, 3, 18)
     with pytest.raises(AssertionError, match=r"error|NaN|infinities"):
-        within_twice_torch(addressed_read, addressed_read_reference, tensors, dtypes=[torch.float64])
+        compare_read(within_twice_torch)
 
 
 def test_without_a_share_each_book_counts_the_same(mutated, within_twice_torch):
-    mutated("addressed_kernel", "read_forward", "share /= heads", "share /= 1")
+    mutated("addressed_kernel", "addressed_read_forward", "share /= heads", "share /= 1")
     with pytest.raises(AssertionError, match="error"):
-        within_twice_torch(
-            addressed_read, addressed_read_reference, inputs(1, 3, 2, 4, 3, 4)[:4], dtypes=[torch.float64]
-        )
+        compare_read(within_twice_torch, 4)

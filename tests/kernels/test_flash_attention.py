@@ -230,7 +230,7 @@ MUTANTS = {
     "causal mask from the first key": ("masked_scores", "last = rows + (m - n)", "last = rows"),
     "window off by one": ("masked_scores", "> last - WINDOW", ">= last - WINDOW"),
     "padding ignored": ("masked_scores", "(valid != 0)", "(valid >= 0)"),
-    "no key mask": ("masked_scores", "inside & (rows < n)", "(keys >= 0) & (rows < n)"),
+    "no key mask": ("masked_scores", "allowed = inside", "allowed = keys >= 0"),
     "last keys skipped": ("key_range", "start + BLOCK_N + (m - n)", "start + (m - n)"),
     "sum not scaled down": (FORWARD, "total * shrink + tl.sum(p, 1)", "total + tl.sum(p, 1)"),
     "output not scaled down": (FORWARD, "mixed * shrink[:, None]", "mixed"),
@@ -255,3 +255,12 @@ def test_wrong_kernels_are_noticed(name, mutated, agrees):
     with pytest.raises(AssertionError, match=r"error|NaN|infinities"):
         agrees(flash(causal=True, window=21, valid=valid), shape, dtypes=[torch.float32])
         agrees(flash(), shape, dtypes=[torch.float32])
+
+
+def test_wide_float32_products_take_every_chunk(agrees, mutated):
+    shape = inputs(1, 1, 1, 18, 19, 144, 200)
+    agrees(flash(causal=True), shape)
+    mutated("attention_kernel", "product", "range(0, BLOCK, CHUNK)", "range(0, CHUNK, CHUNK)")
+    with pytest.raises(AssertionError, match="error"):
+        agrees(flash(causal=True), shape, dtypes=[torch.float32])
+    agrees(flash(causal=True), shape, dtypes=[torch.bfloat16])  # one product, no chunks

@@ -89,6 +89,15 @@ def test_gradients_and_registration(passes_gradcheck, is_an_operator):
     is_an_operator(gated_write_backward_op, (tensors[0], *tensors), gradients=False)
 
 
+def compare_small(within_twice_torch):
+    """The comparison that wrong kernels must fail."""
+    within_twice_torch(gated_write, gated_write_reference, inputs(2, 18, 2, 3), dtypes=[torch.float64])
+
+
+def test_the_right_kernel_passes(within_twice_torch):
+    compare_small(within_twice_torch)
+
+
 @pytest.mark.parametrize(
     "kernel, old, new",
     [
@@ -105,7 +114,7 @@ def test_gradients_and_registration(passes_gradcheck, is_an_operator):
         ("then", "add * keep_next + add_next", "add + add_next"),
         ("then", "add * keep_next + add_next", "add * keep + add_next"),
         ("gated_write_backward_slots", "kept[:, None] * grad", "grad"),
-        ("gated_write_backward_slots", "derase = -tl.load", "derase = tl.load"),
+        ("gated_write_backward_slots", "derase_first = -tl.load", "derase_first = tl.load"),
         ("gated_write_backward_slots", "slots, s, n, s) * match", "slots, s, n, s)"),
         ("gated_write_backward_slots", "keep * before[None, :] + add", "keep * before[None, :]"),
         ("gated_write_backward_slots", "row_of(after, BLOCK_T - 1, BLOCK_T)", "row_of(after, 0, BLOCK_T)"),
@@ -120,4 +129,4 @@ def test_gradients_and_registration(passes_gradcheck, is_an_operator):
 def test_wrong_kernels_are_noticed(kernel, old, new, mutated, within_twice_torch):
     mutated("gated_write_kernel", kernel, old, new)
     with pytest.raises(AssertionError, match=r"error|NaN|infinities"):
-        within_twice_torch(gated_write, gated_write_reference, inputs(2, 18, 2, 3), dtypes=[torch.float64])
+        compare_small(within_twice_torch)

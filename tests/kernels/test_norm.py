@@ -159,6 +159,21 @@ def test_wrong_arguments_are_refused(wrong):
         fused_norm(torch.ones(2, 4), torch.ones(4), **wrong)
 
 
+def compare_strided(within_twice_torch):
+    """The comparison that wrong kernels must fail."""
+    x, weight, bias, residual = inputs(18, 40)
+    tensors = [x[:, :19], weight[:19], bias[:19], residual[:, :19].contiguous()]
+    for form in ("layer, dropout, relu", "layer, dropout, silu"):
+        compare(within_twice_torch, tensors, **FORMS[form])
+
+
+def test_the_right_kernel_passes(within_twice_torch, monkeypatch):
+    from memlib_kernels import norm_kernel
+
+    monkeypatch.setattr(norm_kernel, "PROGRAMS", 1)
+    compare_strided(within_twice_torch)
+
+
 @pytest.mark.parametrize(
     "kernel, old, new",
     [
@@ -184,10 +199,6 @@ def test_wrong_arguments_are_refused(wrong):
     ],
 )
 def test_wrong_kernels_are_noticed(kernel, old, new, mutated, within_twice_torch):
-    wrong = mutated("norm_kernel", kernel, old, new)
-    wrong.PROGRAMS = 1
-    x, weight, bias, residual = inputs(18, 40)
-    tensors = [x[:, :19], weight[:19], bias[:19], residual[:, :19].contiguous()]
+    mutated("norm_kernel", kernel, old, new).PROGRAMS = 1
     with pytest.raises(AssertionError, match=r"error|NaN|infinities"):
-        for form in ("layer, dropout, relu", "layer, dropout, silu"):
-            compare(within_twice_torch, tensors, **FORMS[form])
+        compare_strided(within_twice_torch)

@@ -57,6 +57,16 @@ def test_on_the_cpu_torch_computes_it():
     assert silu_mul(gate, up[0]).shape == gate.shape
 
 
+def compare_strided(within_twice_torch):
+    """The comparison that wrong kernels must fail."""
+    gate, up = inputs(3, 36)
+    within_twice_torch(silu_mul, silu_mul_reference, [gate[:, ::2].contiguous(), up[:, :18]])
+
+
+def test_the_right_kernel_passes(within_twice_torch):
+    compare_strided(within_twice_torch)
+
+
 @pytest.mark.parametrize(
     "kernel, old, new",
     [
@@ -70,6 +80,5 @@ def test_on_the_cpu_torch_computes_it():
 )
 def test_wrong_kernels_are_noticed(kernel, old, new, mutated, within_twice_torch):
     mutated("silu_mul_kernel", kernel, old, new)
-    gate, up = inputs(3, 36)
     with pytest.raises(AssertionError, match=r"error|NaN"):
-        within_twice_torch(silu_mul, silu_mul_reference, [gate[:, ::2].contiguous(), up[:, :18]])
+        compare_strided(within_twice_torch)
