@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from memlib.lab.widgets import drive, launch_view, save_page
 from memlib.lab.widgets.launches import COLOURS, OTHERS, UNTOUCHED, colours_at, layout, rgb
 from memlib_kernels import attention_kernel
 from memlib_kernels.attention import flash_attention
-from memlib_kernels.interpreter import interpreted
+from memlib_kernels.interpreter import Product, interpreted
 from memlib_kernels.memory_attention import memory_attention
 
 ROWS, WIDTH, TILE = 40, 16, 16
@@ -176,3 +177,9 @@ def test_the_view_counts_and_packs(record, tmp_path):
     assert drive(view) >= 9
     save_page(tmp_path / "x.html", view)
     assert (tmp_path / "x.html").stat().st_size < 150_000
+
+
+def test_more_operations_than_a_view_counts_are_refused(record):
+    huge = replace(record, products=[Product(0, (0, 0, 0), 2**11, 2**11, 2**11)])
+    with pytest.raises(ValueError, match=r"17,179,869,184 operations are more than a view counts"):
+        launch_view(huge, COLUMNS)
