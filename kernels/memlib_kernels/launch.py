@@ -68,6 +68,11 @@ def launch(kernel: Any, grid: Grid, *args: Any, **constants: Any) -> None:
         return
     found = _RUNNER.get()
     if found is None:
+        if not all(arg.is_cuda for arg in args if isinstance(arg, Tensor)):
+            raise RuntimeError(
+                f"{kernel.fn.__name__} is launched on CPU tensors: run the call, and its backward pass, inside "
+                "`with memlib_kernels.interpreter.interpreted():`, or move the tensors to a GPU"
+            )
         kernel[grid](*args, **constants)
     else:
         found.run(kernel, grid, args, constants)
