@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from memlib.inference import GenerationConfig, Sessions
 from memlib.models import MemoryTransformer
 from memlib.models.info import count_parameters
 from memlib.training.trainer import Trainer, load_model
+
+ROOT = Path(__file__).parents[1]
 
 QUICK = ["training.max_steps=2", "training.batch_size=4", "training.eval_examples=8"]
 
@@ -428,6 +432,32 @@ def test_without_transformers_the_remedy_is_named(pretrained, capsys, monkeypatc
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert main(["train", "mine.yaml"]) == 2
     assert "transformers is not installed; `make extras` installs it" in capsys.readouterr().err
+
+
+def test_a_table_whose_runs_are_all_there_is_only_printed(tmp_path, capsys):
+    pytest.importorskip("transformers", reason="no transformers: `make extras` installs it")
+    stored = tmp_path / "long_context.json"
+    shutil.copy(ROOT / "docs/results/long_context.json", stored)
+    assert main(["table", "long_context", "--seeds", "0", "--json", str(stored)]) == 0
+    assert "| external | 3 | 4.51 | 11.80 |" in capsys.readouterr().out
+
+
+def test_benchmarks_are_printed_and_stored(tmp_path, capsys, monkeypatch):
+    from memlib.evaluation import complexity
+    from memlib_kernels import bench
+
+    one = complexity.Exponent("read", "O(m)", "time", "m", 1.0, 0.9, 0.1, [1, 2], [1.0, 2.0])
+    monkeypatch.setattr(complexity, "measure_all", lambda log: [one])
+    timing = bench.Timing("read", "torch", "forward", 1.0, 2.0, 2.0)
+    monkeypatch.setattr(bench, "measure_all", lambda log: [timing])
+    for name, row in (
+        ("complexity", "| 1 | 0.90 ± 0.10 |"),
+        ("kernels", "| 1.00 | torch | 2.00 | 2.00 | – |"),
+    ):
+        target = tmp_path / f"{name}.json"
+        assert main(["bench", name, "--json", str(target)]) == 0
+        assert row in capsys.readouterr().out
+        assert json.loads(target.read_text())["results"][0]["name"] == "read"
 
 
 def test_facts_are_taught_and_saved(pretrained, capsys):

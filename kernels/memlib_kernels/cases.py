@@ -57,7 +57,7 @@ def row_tiles(target: str) -> list[Tile]:
 
 
 def meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def attention(width: int, dtype: torch.dtype, option: str) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,12 +81,22 @@ class Product:
 @dataclass
 class Record:
     """What interpreted launches did. launches: (kernel's name, grid), in order; sizes: (launch, tensor's
-    name) -> its number of elements."""
+    name) -> its number of elements; exponentials: how many each launch takes, masked lanes included."""
 
     launches: list[tuple[str, Grid]] = field(default_factory=list)
     accesses: list[Access] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     sizes: dict[tuple[int, str], int] = field(default_factory=dict)
+    exponentials: dict[int, int] = field(default_factory=dict)
+
+    def of(self, launch: int) -> Record:
+        """What one launch did."""
+        return replace(
+            self,
+            accesses=[access for access in self.accesses if access.launch == launch],
+            products=[product for product in self.products if product.launch == launch],
+            exponentials={launch: self.exponentials.get(launch, 0)},
+        )
 
     def bytes(self, kind: str | None = None) -> int:
         """Bytes that all programs load ("load"), store ("store"), or both."""
@@ -252,6 +262,9 @@ class ExactBuilder:
         return self.typed(operation(widened(lhs), widened(rhs)), lhs.dtype.scalar)
 
     def unary_op(self, handle: Handle, operation: Any) -> Handle:
+        if self.record is not None and operation in (np.exp, np.exp2):
+            counted = self.record.exponentials
+            counted[self.launch] = counted.get(self.launch, 0) + widened(handle).size
         return self.typed(operation(widened(handle)), handle.dtype.scalar)
 
     def create_fma(self, x: Handle, y: Handle, z: Handle) -> Handle:

@@ -78,6 +78,11 @@ def target() -> str:
     found = _RUNNER.get()
     if found is not None:
         return found.target
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "kernels start on a GPU, and there is none: run the call, and its backward pass, inside "
+            "`with memlib_kernels.interpreter.interpreted():`"
+        )
     if torch.version.hip:
         return str(torch.cuda.get_device_properties().gcnArchName).partition(":")[0]
     major, minor = torch.cuda.get_device_capability()

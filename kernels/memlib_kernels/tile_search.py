@@ -2,11 +2,14 @@
 
     python -m memlib_kernels.tile_search                       print the table in short, as Markdown
     python -m memlib_kernels.tile_search --write [KERNEL …]    choose again, for all kernels or those named
+    python -m memlib_kernels.tile_search --check               compile all again, say what changed
 
 The rule: the candidates of a case are compiled from the largest down, with all optional parts. The first that
 spills no register, fits in shared memory and uses the best matrix instruction is taken. Only where no
-candidate uses the best instruction, the next one may be used. The table keeps the reports, and the tests
-compare them with what is compiled then. It takes about an hour of one core.
+candidate uses the best instruction, the next one may be used. It takes about an hour of one core.
+
+The table keeps the reports. `--check` compiles every row with every optional part (about ten minutes); the
+tests compile every row, and the optional parts for one width and dtype.
 """
 
 from __future__ import annotations
@@ -91,27 +94,65 @@ def write(kernels: list[str], path: Path = PATH) -> None:
         path.write_text('{"tiles": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]}\n")
 
 
-def summary() -> str:
-    """The table in Markdown: for each kernel, target and dtype the tiles n x m / warps / stages by width."""
-    cells: dict[tuple[str, str, str], dict[int, str]] = defaultdict(dict)
-    products: dict[tuple[str, str, str], set[str]] = defaultdict(set)
+def samples(target: str) -> list[tuple[Row, str]]:
+    """Rows and options that the tests compile: every row's first option, and all at width 64 in bfloat16."""
+    return [
+        (row, option)
+        for row in table()
+        if row["target"] == target
+        for i, option in enumerate(row["reports"])
+        if i == 0 or (row["width"], row["dtype"]) == (64, "bfloat16")
+    ]
+
+
+def drift(row: Row, option: str) -> str:
+    """What the compiler reports now that the row does not say, or an empty string."""
+    case = next(case for case in CASES if case.kernel == row["kernel"])
+    dtype = getattr(torch, row["dtype"])
+    found = compiled_report(case, row["width"], row["target"], dtype, option).to_json()
+    if found == row["reports"][option]:
+        return ""
+    where = ", ".join(str(row[key]) for key in ("kernel", "width", "dtype", "target"))
+    return (
+        f"{where}, {option}: {found}, and the table says {row['reports'][option]}. If a kernel or Triton has "
+        f"changed: python -m memlib_kernels.tile_search --write {row['kernel']}"
+    )
+
+
+def check() -> list[str]:
+    """`drift` of every row and option."""
+    return [found for row in table() for option in row["reports"] if (found := drift(row, option))]
+
+
+def summary(width: int = 128) -> str:
+    """One width of the table in Markdown: a kernel and dtype a row, a target a column.
+
+    A cell says n x m of the tile / warps / stages, the matrix instruction, and the most registers with any
+    optional part.
+    """
+    cells: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for row in table():
-        key = row["kernel"], row["target"], row["dtype"]
-        cells[key][row["width"]] = f"{row['n']}x{row['m']}/{row['warps']}/{row['stages']}"
-        products[key].update(report["product"] for report in row["reports"].values())
-    widths = sorted({width for by_width in cells.values() for width in by_width})
-    lines = [["kernel", "target", "dtype", "product", *map(str, widths)]]
-    lines.append(["---"] * len(lines[0]))
-    for key, by_width in cells.items():
-        named = ", ".join(sorted(products[key]))
-        lines.append([*key, named, *(by_width.get(width, "") for width in widths)])
+        if row["width"] == width:
+            reports = row["reports"].values()
+            products = " ".join(sorted({report["product"].split(" ")[0] for report in reports}))
+            registers = max(report["registers"] for report in reports)
+            tile = f"{row['n']}x{row['m']}/{row['warps']}/{row['stages']}"
+            cells[row["kernel"], row["dtype"]][row["target"]] = f"{tile} {products} {registers}"
+    lines = [["kernel", "dtype", *SHARED_LIMIT], ["---"] * (2 + len(SHARED_LIMIT))]
+    for key, by_target in cells.items():
+        lines.append([*key, *(by_target.get(target, "") for target in SHARED_LIMIT)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Choose the tiles of kernels by what the compilers report.")
     parser.add_argument("--write", nargs="*", metavar="KERNEL", help="choose again and write tiles.json")
+    parser.add_argument("--check", action="store_true", help="compile all rows and say what changed")
     given = parser.parse_args(arguments)
+    if given.check:
+        with own_cache():
+            changed = check()
+        sys.exit("\n".join(changed) or None)
     if given.write is None:
         print(summary())
         return

@@ -530,19 +530,18 @@ def run_all(
     log: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """All runs, in a file of results that is continued where it stops."""
-    base, tokenizer = load_base("smollm2-135m-instruct")
-    material = Material(tokenizer, prose())
     path = Path(path)
     results: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    for seed in seeds:
-        for arm in arms:
-            if any((row["arm"], row["seed"]) == (arm, seed) for row in results):
-                continue
-            results.append(run_arm(arm, base, material, seed, log))
-            write_text(path, json.dumps(results, indent=1) + "\n")
-            log(json.dumps(results[-1]))
-            results = json.loads(path.read_text())  # distances as text, as in a file that is continued
-    return results
+    done = {(row["arm"], row["seed"]) for row in results}
+    missing = [(arm, seed) for seed in seeds for arm in arms if (arm, seed) not in done]
+    if missing:
+        base, tokenizer = load_base("smollm2-135m-instruct")
+        material = Material(tokenizer, prose())
+    for arm, seed in missing:
+        results.append(run_arm(arm, base, material, seed, log))
+        write_text(path, json.dumps(results, indent=1) + "\n")
+        log(json.dumps(results[-1]))
+    return cast(list[dict[str, Any]], json.loads(path.read_text()))
 
 
 def to_table(results: Sequence[Mapping[str, Any]]) -> str:

@@ -130,5 +130,14 @@ def test_nothing_is_left_behind():
         add_one(1, 2, 3, 4)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's own message")
+def test_a_backward_pass_after_the_block_names_the_remedy():
+    q = torch.randn(1, 1, 4, 16, requires_grad=True)
+    with interpreted():
+        out, _ = flash_attention(q, q, q)
+    with pytest.raises(RuntimeError, match="inside `with memlib_kernels"):
+        out.sum().backward()
+
+
 def test_the_release_that_is_built_on():
     assert triton.__version__ == "3.7.1"
