@@ -16,15 +16,16 @@ from memlib_kernels.tiles import Tile
 
 Start = Callable[[int, torch.dtype, str], None]
 
-WIDTHS = (16, 32, 64, 128, 256)
+WIDTHS = (64, 128)  # other widths take the next wider row's tile
+WITH_OPTIONS = 64  # the width at which the optional parts are compiled too
 DTYPES = ((torch.float16, torch.bfloat16), (torch.float32,))  # those of a group share their tiles
 
 
 @dataclass(frozen=True)
 class Case:
     """One kernel. start(width, dtype, option): launch it; tiles(target): candidates, the largest first;
-    options: "plain" or what replaces it, then the optional parts; multiplies: whether it contains matrix
-    products."""
+    options: "plain" or what replaces it, then the optional parts, which are compiled at one width; multiplies:
+    whether it contains matrix products."""
 
     kernel: str
     start: Start
@@ -33,6 +34,10 @@ class Case:
     multiplies: bool = True
     widths: tuple[int, ...] = WIDTHS
     dtypes: tuple[tuple[torch.dtype, ...], ...] = DTYPES
+
+    def parts(self, width: int) -> tuple[str, ...]:
+        """The options that are compiled at a width."""
+        return self.options if width == WITH_OPTIONS else self.options[:1]
 
 
 def square_tiles(owns: str) -> Callable[[str], list[Tile]]:

@@ -4,12 +4,12 @@
     python -m memlib_kernels.tile_search --write [KERNEL …]    choose again, for all kernels or those named
     python -m memlib_kernels.tile_search --check               compile all again, say what changed
 
-The rule: the candidates of a case are compiled from the largest down, with all optional parts. The first that
-spills no register, fits in shared memory and uses the best matrix instruction is taken. Only where no
-candidate uses the best instruction, the next one may be used. It takes about an hour of one core.
+The rule: the candidates of a case are compiled from the largest down, at width 64 with all optional parts.
+The first that spills no register, fits in shared memory and uses the best matrix instruction is taken. Only
+where no candidate uses the best instruction, the next one may be used. It takes about an hour of one core.
 
-The table keeps the reports. `--check` compiles every row with every optional part (about ten minutes); the
-tests compile every row, and the optional parts for one width and dtype.
+The table keeps the reports. `--check` compiles all of them again; the tests compile every row, and the
+optional parts for one width and dtype.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def wanted(case: Case, target: str, dtype: torch.dtype) -> tuple[str, ...]:
 def choose(case: Case, width: int, dtypes: tuple[torch.dtype, ...], target: str) -> list[Row]:
     """Rows of the first candidate that has no problem in any of these dtypes. LookupError if none is left."""
     report = cache(partial(compiled_report, case, width, target))
-    parts = [(dtype, option) for option in case.options for dtype in dtypes]
+    options = case.parts(width)
+    parts = [(dtype, option) for option in options for dtype in dtypes]
     for product in wanted(case, target, dtypes[0]):
         hopeless = set()
         for tile in case.tiles(target):
@@ -65,7 +66,7 @@ def choose(case: Case, width: int, dtypes: tuple[torch.dtype, ...], target: str)
                 return [
                     {"kernel": case.kernel, "width": width, "dtype": name_of(dtype), "target": target}
                     | asdict(tile)
-                    | {"reports": {option: report(dtype, option, tile).to_json() for option in case.options}}
+                    | {"reports": {option: report(dtype, option, tile).to_json() for option in options}}
                     for dtype in dtypes
                 ]
             if bad.spills > FAR:
