@@ -24,8 +24,8 @@ DTYPES = ((torch.float16, torch.bfloat16), (torch.float32,))  # those of a group
 @dataclass(frozen=True)
 class Case:
     """One kernel. start(width, dtype, option): launch it; tiles(target): candidates, the largest first;
-    options: "plain" or what replaces it, then the optional parts, which are compiled at one width; multiplies:
-    whether it contains matrix products."""
+    options: "plain" or what replaces it, then the optional parts, which are compiled at one width;
+    multiplies: whether it contains matrix products."""
 
     kernel: str
     start: Start

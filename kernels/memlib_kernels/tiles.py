@@ -2,7 +2,7 @@
 
 The launchers read it, and the tests compile every row of it, so that what users start is what was compiled.
 A target or width that the table lacks takes the nearest row: the next wider one, of the newest GPU of the
-same maker that is not newer. Inside `interpreted(block=16)` every tile has that side.
+same maker that is not newer, or of the oldest. Inside `interpreted(block=16)` every tile has that side.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ def chosen(kernel: str, width: int, dtype: str, where: str) -> Tile:
     rows = [row for row in table() if row["kernel"] == kernel and row["dtype"] == dtype]
     maker = "gfx" if where.startswith("gfx") else "sm_"
     rows = [row for row in rows if row["target"].startswith(maker)]
-    not_newer = [row for row in rows if number(row["target"]) <= number(where)] or rows
-    if not not_newer:
+    if not rows:
         return FALLBACK
-    newest = max(number(row["target"]) for row in not_newer)
-    rows = [row for row in not_newer if number(row["target"]) == newest]
+    known = {number(row["target"]) for row in rows}
+    nearest = max((gpu for gpu in known if gpu <= number(where)), default=min(known))
+    rows = [row for row in rows if number(row["target"]) == nearest]
     wider = [row for row in rows if row["width"] >= width] or rows
     row = min(wider, key=lambda row: abs(row["width"] - width))
     return Tile(row["n"], row["m"], row["warps"], row["stages"])
