@@ -49,10 +49,11 @@ def memory_attention(
     q: [b h n k], keys: [b h s k], values: [b h s e]; the head axis may be left out of all of them, and the
     batch axis out of keys and values that all rows share. bias: [b s], [b n s], or with heads four axes that
     broadcast to [b h n s]; scale: a number or a learned scalar tensor, 1 / sqrt(k) by default; top_k: None,
-    or at least s, for all slots; places: integers [b u j], or with heads four axes that broadcast to
-    [b h u j],
-    -1 for none: the slots that the n / u queries of each group may read, instead of top_k and with a bias per
-    slot only. A slot that is listed twice counts twice.
+    or at least s, for all slots.
+
+    places: integers [b u j], or with heads four axes that broadcast to [b h u j], -1 for none: the slots that
+    the n / u queries of each group may read. A slot that is listed twice counts twice. Not together with
+    top_k, nor with a bias that differs between queries.
 
     Differentiable in q, keys, values, bias and scale. lse is that of the slots read, float32 at least.
     Raises ValueError where the arguments do not go together.
