@@ -28,6 +28,12 @@ collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*"]
 HALVES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every order of the tests."""
+    torch.manual_seed(0)
+
+
 def results(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 
