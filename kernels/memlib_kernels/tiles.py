@@ -1,8 +1,9 @@
 """Tile sizes, warps and pipeline stages of each kernel: a table, `tiles.json`, for every target.
 
 The launchers read it, and the tests compile every row of it, so that what users start is what was compiled.
-A target or width that the table lacks takes the nearest row: the next wider one, of the newest GPU of the
-same maker that is not newer, or of the oldest. Inside `interpreted(block=16)` every tile has that side.
+A width that the table lacks takes the next wider row, or a small tile if there is none. A target that it lacks
+takes the newest GPU of the same maker that is not newer, or the oldest. Inside `interpreted(block=16)` every
+tile has that side.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Tile:
 
 
 FALLBACK = Tile(64, 64)
+WIDE = Tile(16, 16, stages=1)  # for rows wider than the table's: slow, but it fits
 PATH = Path(__file__).with_name("tiles.json")
 
 
@@ -64,8 +66,10 @@ def chosen(kernel: str, width: int, dtype: str, where: str) -> Tile:
     known = {number(row["target"]) for row in rows}
     nearest = max((gpu for gpu in known if gpu <= number(where)), default=min(known))
     rows = [row for row in rows if number(row["target"]) == nearest]
-    wider = [row for row in rows if row["width"] >= width] or rows
-    row = min(wider, key=lambda row: abs(row["width"] - width))
+    wider = [row for row in rows if row["width"] >= width]
+    if not wider:
+        return WIDE
+    row = min(wider, key=lambda row: row["width"])
     return Tile(row["n"], row["m"], row["warps"], row["stages"])
 
 
