@@ -1,9 +1,9 @@
 """Tile sizes, warps and pipeline stages of each kernel: a table, `tiles.json`, for every target.
 
 The launchers read it, and the tests compile every row of it, so that what users start is what was compiled.
-A width that the table lacks takes the next wider row, or a small tile if there is none. A target that it lacks
-takes the newest GPU of the same maker that is not newer, or the oldest. Inside `interpreted(block=16)` every
-tile has that side.
+A width that the table lacks takes the next wider row, or a small tile if there is none. A target that it
+lacks takes the newest GPU of the same maker that is not newer, or the oldest. Inside `interpreted(block=16)`
+every tile has that side.
 """
 
 from __future__ import annotations
