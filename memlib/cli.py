@@ -263,7 +263,7 @@ def train_adapter(arguments: argparse.Namespace, config: Config) -> int:
     if mode == "comparison":
         taught_facts.check_base(config)
         out = arguments.out or Path("runs", Path(arguments.config).stem)
-        return facts_table(arguments.seeds or [0, 1, 2], out / "facts.json")
+        return pretrained_table("facts", arguments.seeds or [0, 1, 2], out / "facts.json")
     allowed = {"task.instructions.download": True, "task.documents.download": True} if download else {}
     for seed, folder in seeds_and_folders(arguments, config):
         changed = override(config, allowed | {"training.seed": seed})
@@ -285,25 +285,21 @@ def train_adapter(arguments: argparse.Namespace, config: Config) -> int:
     return 0
 
 
-def facts_table(seeds: list[int], path: Path) -> int:
-    """Run what is missing of the comparison of ways to teach facts, and print its table."""
-    from memlib.experiments.taught_facts import run_all, to_table
+def pretrained_table(name: str, seeds: list[int], path: Path) -> int:
+    """Run what is missing of a comparison on a pretrained model, and print its table."""
+    from memlib.experiments import long_context, taught_facts
 
-    if seeds != list(range(len(seeds))):
+    def log(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    if name == "facts" and seeds != list(range(len(seeds))):
         raise ValueError(f"--seeds {seeds}: rates are chosen on seed 0, so use 0 1 2 … without gaps")
     path.parent.mkdir(parents=True, exist_ok=True)
-    results = run_all(path, seeds=len(seeds), log=lambda line: print(line, file=sys.stderr))
-    print(f"{to_table(results)}\n\nwritten to {path}")
-    return 0
-
-
-def long_context_table(seeds: list[int], path: Path) -> int:
-    """Run what is missing of the comparison of short windows with a memory, and print its table."""
-    from memlib.experiments.long_context import run_all, to_table
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = run_all(path, seeds=seeds, log=lambda line: print(line, file=sys.stderr))
-    print(f"{to_table(results)}\n\nwritten to {path}")
+    if name == "facts":
+        shown = taught_facts.to_table(taught_facts.run_all(path, seeds=len(seeds), log=log))
+    else:
+        shown = long_context.to_table(long_context.run_all(path, seeds=seeds, log=log))
+    print(f"{shown}\n\nwritten to {path}")
     return 0
 
 
@@ -395,10 +391,9 @@ def table(arguments: argparse.Namespace) -> int:
     from memlib.experiments.comparison import compare, summary, to_markdown, write_json
     from memlib.experiments.studies import LENGTHS, MEASURES, PREPARED, named_comparison
 
-    if arguments.name == "facts":
-        return facts_table(arguments.seeds, arguments.json or arguments.out / "facts.json")
-    if arguments.name == "long_context":
-        return long_context_table(arguments.seeds, arguments.json or arguments.out / "long_context.json")
+    if arguments.name in ("facts", "long_context"):
+        path = arguments.json or arguments.out / f"{arguments.name}.json"
+        return pretrained_table(arguments.name, arguments.seeds, path)
     configs = named_comparison(arguments.name)
     segments = arguments.segments or LENGTHS.get(arguments.name, [4, 6, 32])
     measures, prepare = MEASURES.get(arguments.name), PREPARED.get(arguments.name)

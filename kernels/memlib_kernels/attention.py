@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from memlib_kernels.attention_op import attention_op
 from memlib_kernels.launch import runs_triton
 from memlib_kernels.merge_op import merge_op
+from memlib_kernels.rows import heads_last
 
 
 def flash_attention(
@@ -364,11 +365,8 @@ def _(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    def like(tensor: Tensor) -> Tensor:
-        b, h, n, width = tensor.shape
-        return tensor.new_empty(b, n, h, width).transpose(1, 2)
-
-    return like(q), like(k), like(v)
+    dq, dk, dv = (heads_last(t, t.shape[-1]) for t in (q, k, v))
+    return dq, dk, dv
 
 
 def full(bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:

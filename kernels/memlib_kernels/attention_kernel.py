@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memlib_kernels.launch import launch
+from memlib_kernels.rows import dense, heads_last
 from memlib_kernels.tiles import Tile, accumulator, next_power, precision, tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -379,18 +380,6 @@ def attention_backward_slots(
 # ---------------------------------------------------------------------------------------------- the launches
 
 
-def row_major(tensor: Tensor) -> Tensor:
-    """The tensor, its last axis contiguous."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def heads_last(like: Tensor, width: int, rows: int | None = None, heads: int | None = None) -> Tensor:
-    """An empty [b h n width], laid out as [b n h width]: joining the heads then copies nothing."""
-    b, h, n, _ = like.shape
-    n, h = rows or n, heads or h
-    return like.new_empty(b, n, h, width).transpose(1, 2)
-
-
 def strides(tensor: Tensor | None, axes: int) -> list[int]:
     """The first strides of a tensor, 0 along axes of size 1; all 0 for None."""
     if tensor is None:
@@ -438,7 +427,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out: [b h n e], lse: [b h n]. Arguments as for `memlib_kernels::attention`."""
     (b, h, n, _), m = q.shape, k.shape[-2]
-    q, k, v = (row_major(t) for t in (q, k, v))
+    q, k, v = dense(q, k, v)
     out = heads_last(q, v.shape[-1])
     lse = q.new_empty(b, h, n, dtype=torch.promote_types(q.dtype, torch.float32))
     constants, used = widths(q, v, "attention_forward")
@@ -482,7 +471,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and dbias: [b h 1 m] per key, [b h n m] per pair, empty if the bias does not learn."""
     (b, h, n, _), (m, key_heads) = q.shape, (k.shape[-2], k.shape[1])
-    q, k, v = (row_major(t) for t in (q, k, v))
+    q, k, v = dense(q, k, v)
     if grad_out.stride() != out.stride():
         grad_out = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device).copy_(
             grad_out
@@ -497,7 +486,7 @@ def backward(
     constants, used = widths(q, v, "attention_backward_queries")
     groups, group, tiles = grouping(places, n, used.n)
     shared = {"BIAS": kind_of(bias), "ACC": accumulator(q)}
-    dense = {
+    masks = {
         "CHUNK": chunk(q, v),
         "CAUSAL": causal,
         "WINDOW": window,
@@ -512,7 +501,7 @@ def backward(
         *pointers, q if places is None else places, out, lse, grad_out, grad_lse, delta, dq,
         *steps, *strides(bias, 4), *strides(valid, 2), *strides(places, 3), *strides(out, 3), *strides(dq, 3),
         h, h // key_heads, n, m, 0 if places is None else places.shape[-1], group, tiles, scale,
-        **constants | shared | dense, BLOCK_M=used.m, PLACES=places is not None,
+        **constants | shared | masks, BLOCK_M=used.m, PLACES=places is not None,
     )  # fmt: skip
     gradients = (*strides(dk, 3), *strides(dv, 3))
     if places is None:
@@ -522,7 +511,7 @@ def backward(
             (-(-m // used.m), b * key_heads),
             *pointers, lse, grad_out, delta, dk, dv, dbias if kind != "none" else q,
             *steps, *strides(bias, 4), *strides(valid, 2), *strides(out, 3), *gradients,
-            h, h // key_heads, n, m, scale, **constants | shared | dense, BLOCK_M=used.m, DBIAS=kind,
+            h, h // key_heads, n, m, scale, **constants | shared | masks, BLOCK_M=used.m, DBIAS=kind,
         )  # fmt: skip
     else:
         starts, order = inverted(places, b, h, m)

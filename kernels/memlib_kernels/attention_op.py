@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memlib_kernels.rows import heads_last
+
 
 @torch.library.custom_op("memlib_kernels::attention", mutates_args=())
 def attention_op(
@@ -49,8 +51,7 @@ def _(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     b, h, n, _ = q.shape
-    out = q.new_empty(b, n, h, v.shape[-1]).transpose(1, 2)
-    return out, q.new_empty(b, h, n, dtype=torch.promote_types(q.dtype, torch.float32))
+    return heads_last(q, v.shape[-1]), q.new_empty(b, h, n, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @torch.library.custom_op("memlib_kernels::attention_backward", mutates_args=())
@@ -95,15 +96,12 @@ def _(
     scale: float,
     bias_learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def like(tensor: Tensor) -> Tensor:
-        b, h, n, width = tensor.shape
-        return tensor.new_empty(b, n, h, width).transpose(1, 2)
-
     (b, h, n, _), m = q.shape, k.shape[-2]
     dbias = lse.new_empty(0)
     if bias is not None and bias_learns:
         dbias = lse.new_empty(b, h, 1 if bias.shape[-2] == 1 else n, m)
-    return like(q), like(k), like(v), dbias
+    dq, dk, dv = (heads_last(t, t.shape[-1]) for t in (q, k, v))
+    return dq, dk, dv, dbias
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

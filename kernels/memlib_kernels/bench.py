@@ -29,6 +29,7 @@ from memlib_kernels.addressed import addressed_read, addressed_read_reference
 from memlib_kernels.attention import attention_with_lse, flash_attention, merge
 from memlib_kernels.gated_write import gated_write, gated_write_traced
 from memlib_kernels.memory_attention import memory_attention, memory_attention_reference
+from memlib_kernels.roofline import markdown
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def to_table(timings: Sequence[Timing]) -> str:
         ]
         for t in timings
     ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+    return markdown([head, ["---"] * len(head), *rows])
 
 
 def machine() -> dict[str, str]:

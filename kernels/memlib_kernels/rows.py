@@ -1,6 +1,6 @@
 """Tensors as rows that kernels walk over.
 
-Axes: n rows (all leading axes), d features of a row.
+Axes: n rows (all leading axes), d features of a row; of attention b batch, h heads, n tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ def as_rows(tensor: Tensor) -> tuple[Tensor, int]:
 def dense(*tensors: Tensor) -> list[Tensor]:
     """Tensors with contiguous last axes."""
     return [t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors]
+
+
+def heads_last(like: Tensor, width: int) -> Tensor:
+    """An empty [b h n width], laid out as [b n h width]: joining the heads then copies nothing."""
+    b, h, n, _ = like.shape
+    return like.new_empty(b, n, h, width).transpose(1, 2)
 
 
 def tile_grid(rows: Tensor, used: Tile) -> tuple[int, int]:

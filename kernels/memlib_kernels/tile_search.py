@@ -27,6 +27,7 @@ import torch
 
 from memlib_kernels.ahead_of_time import SHARED_LIMIT, Report, allowed_products, compile_only, own_cache
 from memlib_kernels.cases import CASES, Case
+from memlib_kernels.roofline import markdown
 from memlib_kernels.tiles import PATH, Tile, table
 
 Row = dict[str, Any]
@@ -142,7 +143,7 @@ def summary(width: int = 128) -> str:
     lines = [["kernel", "dtype", *SHARED_LIMIT], ["---"] * (2 + len(SHARED_LIMIT))]
     for key, by_target in cells.items():
         lines.append([*key, *(by_target.get(target, "") for target in SHARED_LIMIT)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
