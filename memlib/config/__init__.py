@@ -37,6 +37,7 @@ from memlib.config.memory import (
     RingMemoryConfig,
 )
 from memlib.config.model import ModelConfig
+from memlib.config.parallel import ParallelConfig
 from memlib.config.reference import reference, reference_page
 from memlib.config.task import (
     CopyConfig,
@@ -70,6 +71,7 @@ __all__ = [
     "MemoryConfig",
     "ModelConfig",
     "MixedConfig",
+    "ParallelConfig",
     "PasskeyConfig",
     "QaConfig",
     "RecallConfig",

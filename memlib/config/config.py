@@ -8,6 +8,7 @@ from memlib.config.adapter import AdapterConfig
 from memlib.config.fields import ConfigError, check_fields, option, override
 from memlib.config.memory import MemoryConfig
 from memlib.config.model import ModelConfig
+from memlib.config.parallel import ParallelConfig
 from memlib.config.task import TaskConfig
 from memlib.config.training import Stage, TrainingConfig
 
@@ -20,6 +21,7 @@ class Config:
     memory: MemoryConfig = option(MemoryConfig, "the memories")
     task: TaskConfig = option(TaskConfig, "the data: what the model is trained and measured on")
     training: TrainingConfig = option(TrainingConfig, "the training loop")
+    parallel: ParallelConfig = option(ParallelConfig, "training on several processes")
     adapter: AdapterConfig = option(AdapterConfig, "what is added to a pretrained model")
 
     def __post_init__(self) -> None:
@@ -81,6 +83,7 @@ def validate(config: Config) -> Config:
         raise ConfigError(f"training.curriculum: from_step must increase from stage to stage, not {steps}")
     for i, stage in enumerate(config.training.curriculum):
         check_stage(config, stage, f"training.curriculum[{i}].set")
+    check_parallel(config)
     return config
 
 
@@ -138,6 +141,43 @@ def check_sizes(config: Config) -> None:
                 "memory; make it smaller"
             )
         getattr(memory, kind).check(model, f"memory.{kind}")
+
+
+def check_parallel(config: Config) -> None:
+    """Raise ConfigError for layouts that no number of processes can have."""
+    parallel, model = config.parallel, config.model
+    tensor, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    for name in ("num_heads", "intermediate_dim"):
+        if getattr(model, name) % tensor:
+            raise ConfigError(
+                f"parallel.tensor_parallel_size = {tensor}: must divide model.{name} = {getattr(model, name)}"
+            )
+    if tensor == 1 and (parallel.sequence_parallel or parallel.loss_parallel):
+        name = "sequence_parallel" if parallel.sequence_parallel else "loss_parallel"
+        raise ConfigError(f"parallel.{name}: needs parallel.tensor_parallel_size of at least 2")
+    if (parallel.distributed_strategy == "hsdp") != (parallel.shard_size is not None):
+        raise ConfigError(
+            f"parallel.shard_size = {parallel.shard_size}: belongs to "
+            "parallel.distributed_strategy: hsdp, which needs it"
+        )
+    if stages == 1:
+        return
+    parts = stages * (2 if parallel.pipeline_schedule == "interleaved" else 1)
+    if parts > model.num_layers:
+        raise ConfigError(
+            f"parallel.pipeline_parallel_size = {stages}: {parallel.pipeline_schedule} makes {parts} stages "
+            f"of model.num_layers = {model.num_layers}; make it smaller"
+        )
+    if model.tie_embeddings:
+        raise ConfigError(
+            "model.tie_embeddings: the first and the last stage of a pipeline would share a matrix; set it "
+            "to false, or parallel.pipeline_parallel_size: 1"
+        )
+    if config.training.batch_size % parallel.pipeline_microbatches:
+        raise ConfigError(
+            f"parallel.pipeline_microbatches = {parallel.pipeline_microbatches}: must divide "
+            f"training.batch_size = {config.training.batch_size}"
+        )
 
 
 def check_stage(config: Config, stage: Stage, path: str) -> None:

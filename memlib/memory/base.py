@@ -42,6 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from memlib.memory.state import Layout, State, axes
+from memlib.nn.batch_sum import BatchSum, own_rows
 
 if TYPE_CHECKING:
     from memlib.config.memory import MemoryOptions
@@ -93,6 +94,7 @@ class Memory(nn.Module, ABC):
     uses_heads = False
     uses_logsumexp = False
     starts_silent = False
+    batch_sum: BatchSum = staticmethod(own_rows)
 
     def __init__(self, config: MemoryOptions, hidden_dim: int) -> None:
         super().__init__()
@@ -124,7 +126,10 @@ class Memory(nn.Module, ABC):
         return state
 
     def losses(self, hidden: Tensor, state: Any, mask: Tensor) -> dict[str, Tensor]:
-        """What a complete segment adds to the training loss, by name, before it is written."""
+        """What a complete segment adds to the training loss, by name, before it is written.
+
+        Of the whole batch: sums over rows go through `batch_sum`.
+        """
         return {}
 
     def share(self, first: Memory) -> None:

@@ -43,6 +43,10 @@ class Batch:
             torch.from_numpy(starts),
         )
 
+    def rows(self, which: slice) -> Batch:
+        """Some of the rows."""
+        return Batch(*(part[which] for part in vars(self).values()))
+
     def to(self, device: str | torch.device) -> Batch:
         """The same batch on a device."""
         return Batch(*(part.to(device) for part in vars(self).values()))

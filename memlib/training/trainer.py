@@ -43,6 +43,9 @@ from memlib.training.checkpoint import (
 from memlib.training.divergence import TrainingDiverged, check_finite
 from memlib.training.log import RunLog
 from memlib.training.optimizer import make_optimizer, make_schedule
+from memlib.training.parallel.apply import distribute
+from memlib.training.parallel.gradients import clip, fill_missing
+from memlib.training.parallel.ranks import join
 from memlib.training.resume import checkpoint_to_resume, progress_of, resume_checkpoint
 
 __all__ = ["Trainer", "TrainingDiverged", "load_model", "load_run"]
@@ -70,12 +73,13 @@ class Trainer:
         self.config, training = config, config.training
         torch.set_num_threads(training.num_threads)
         set_seed(training.seed)
-        self.device = torch.device(training.device)
+        self.ranks = join(config)
+        self.device = self.ranks.device
         self.task = self.make_task(config.task)
         self.stages = [
             (s.from_step, self.make_task(override(config.task, s.set))) for s in training.curriculum
         ]
-        self.model = MemoryTransformer(config).to(self.device)
+        self.model = distribute(MemoryTransformer(config).to(self.device), config.parallel, self.ranks)
         self.optimizer = make_optimizer(self.model, training)
         self.schedule = make_schedule(self.optimizer, training)
         self.step, self.cpu_seconds = 0, 0.0
@@ -98,13 +102,19 @@ class Trainer:
         """
         training, record = self.config.training, {}
         end = training.max_steps if until is None else min(until, training.max_steps)
-        log = RunLog(self.folder, self.step) if self.folder else None
-        bar = tqdm(total=end, initial=self.step, disable=not progress, unit="step", mininterval=0.5)
+        log = RunLog(self.folder, self.step) if self.folder and self.ranks.main else None
+        bar = tqdm(
+            total=end,
+            initial=self.step,
+            disable=not (progress and self.ranks.main),
+            unit="step",
+            mininterval=0.5,
+        )
         try:
             while self.step < end and not self.out_of_time():
                 before = time.process_time()
                 record = self.train_step()
-                self.cpu_seconds += time.process_time() - before
+                self.cpu_seconds += self.ranks.sum([time.process_time() - before])[0]
                 self.step += 1
                 bar.update()
                 last = self.step == end or self.out_of_time()
@@ -114,9 +124,10 @@ class Trainer:
                         log.write(self.step, cpu_seconds=self.cpu_seconds, **record)
                 if self.folder and (self.step % training.save_steps == 0 or last):
                     self.save()
-                if log and (self.step % training.eval_steps == 0 or last):
+                if self.folder and (self.step % training.eval_steps == 0 or last):
                     score = self.evaluate()
-                    log.write(self.step, test_accuracy=score.accuracy, test_loss=score.loss)
+                    if log:
+                        log.write(self.step, test_accuracy=score.accuracy, test_loss=score.loss)
                 if on_step is not None and not on_step(self.step, record):
                     break
         finally:
@@ -134,30 +145,31 @@ class Trainer:
             self.carried = None  # the rows of a text now continue elsewhere
         count = training.gradient_accumulation_steps
         batches = [
-            task.batch(training.batch_size, self.step * count + i, training.seed).to(self.device)
-            for i in range(count)
+            task.batch(training.batch_size, self.step * count + i, training.seed) for i in range(count)
         ]
         positions = sum(int(batch.scored.sum()) for batch in batches)
         loss, right, routing = 0.0, 0, 0.0
         for batch in batches:
             batch_loss, batch_right, batch_routing = self.backward(batch, task, positions)
             loss, right, routing = loss + batch_loss, right + batch_right, routing + batch_routing
-        limit = training.max_grad_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        loss, hits = self.ranks.sum([loss, right])
+        fill_missing(self.model.parameters())
+        norm = clip(self.model.parameters(), training.max_grad_norm or math.inf, self.ranks)
         check_finite(loss, norm, self.step, self.model, self.optimizer, training.max_grad_norm, self.folder)
         rates = {f"lr_{g['name']}": g["lr"] for g in self.optimizer.param_groups}
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
-        record = {"loss": loss, "accuracy": right / positions, "grad_norm": norm, **rates}
+        record = {"loss": loss, "accuracy": hits / positions, "grad_norm": norm, **rates}
         return record | ({"router_loss": routing} if routing else {})
 
     def backward(self, batch: Batch, task: Task, positions: int) -> tuple[float, int, float]:
-        """Accumulate the gradients of one batch, part by part.
+        """Accumulate the gradients of this rank's rows of a batch, part by part.
 
-        Returns its share of the loss, the number of correct predictions, and its share of the routers'
-        losses, which are added for the gradient and reported separately.
+        Returns their share of the loss, the number of correct predictions, and the batch's share of the
+        routers' losses, which are added for the gradient and reported separately.
         """
+        whole, batch = batch, batch.rows(self.ranks.rows(len(batch.starts))).to(self.device)
         state = None
         if task.continues and self.carried is not None:
             state = self.model.reset(self.carried, batch.starts)
@@ -173,13 +185,13 @@ class Trainer:
                 share = output.logits.shape[1] / length / self.config.training.gradient_accumulation_steps
                 total = share * torch.stack(list(output.router_losses.values())).sum()
                 routing += float(total.detach())
-            if bool(where[1].any()):
+            if bool(whole.scored[:, part].any()):  # of all ranks, which must all do the same
                 piece = scored_cross_entropy(output.logits, *where) / positions
                 total = total + piece
                 loss += float(piece.detach())
                 right += correct(output.logits, *where)
             if total.requires_grad:
-                total.backward()
+                (total * self.ranks.data_size).backward()  # ranks' gradients are averaged
         self.carried = state if task.continues else None
         return loss, right, routing
 

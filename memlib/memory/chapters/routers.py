@@ -33,6 +33,7 @@ from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memlib.nn.batch_sum import BatchSum, own_rows
 from memlib.nn.linear import Linear
 from memlib.ops import rolling_mean
 
@@ -81,6 +82,8 @@ class ChapterRouter(nn.Module):
     ValueError unless 1 <= top_k <= num_chapters.
     """
 
+    batch_sum: BatchSum = staticmethod(own_rows)
+
     def __init__(
         self,
         hidden_dim: int,
@@ -116,7 +119,7 @@ class ChapterRouter(nn.Module):
         """The enabled losses times their coefficients; counts: [b g], mask of valid decisions."""
         if not self.coefficients:
             return {}
-        all_three = router_losses(choice.logits, choice.indices, counts)
+        all_three = router_losses(choice.logits, choice.indices, counts, self.batch_sum)
         return {name: coefficient * all_three[name] for name, coefficient in self.coefficients.items()}
 
 
@@ -178,11 +181,14 @@ class HybridRouter(RollingRouter):
         return self.each(summary, mask, return_losses)
 
 
-def router_losses(logits: Tensor, indices: Tensor, counts: Tensor | None = None) -> Losses:
+def router_losses(
+    logits: Tensor, indices: Tensor, counts: Tensor | None = None, batch_sum: BatchSum = own_rows
+) -> Losses:
     """Auxiliary losses that balance the use of chapters and keep logits small, without coefficients.
 
-    logits: [... c], indices: [... r]; counts: [...], mask of valid decisions (None: all). All losses are
-    zero without a valid decision. f_c is the fraction of all selections that are chapter c, P_c the mean of
+    logits: [... c], indices: [... r]; counts: [...], mask of valid decisions (None: all); batch_sum: sums
+    over the rows of all processes, so that the losses are the whole batch's. All losses are zero without a
+    valid decision. f_c is the fraction of all selections that are chapter c, P_c the mean of
     p_c, C the number of chapters:
 
         load_balance = C sum_c f_c P_c              Switch, arXiv 2101.03961, eq. 4; C^2 times GShard's
@@ -193,15 +199,16 @@ def router_losses(logits: Tensor, indices: Tensor, counts: Tensor | None = None)
     """
     c = logits.shape[-1]
     real = torch.ones_like(logits[..., 0]) if counts is None else counts.to(logits.dtype)
-    weight = real / real.sum().clamp(min=1)  # of each decision in a mean
+    valid = batch_sum(real.sum())
+    weight = real / valid.clamp(min=1)  # of each decision in a mean
     chosen = reduce(F.one_hot(indices, c).to(logits.dtype), "... r c -> ... c", "mean")
-    share = einsum(weight, chosen, "..., ... c -> c")
-    use = einsum(weight, torch.softmax(logits, -1), "..., ... c -> c")
-    any_counts = real.amax()  # 0 without a valid decision
+    share = batch_sum(einsum(weight, chosen, "..., ... c -> c"))
+    use = batch_sum(einsum(weight, torch.softmax(logits, -1), "..., ... c -> c"))
+    any_counts = valid.clamp(max=1)  # 0 without a valid decision
     return {
         "load_balance": c * (share * use).sum(),
         "auxiliary": any_counts * c * (use - 1 / c).square().sum(),
-        "z": (weight * torch.logsumexp(logits, -1).square()).sum(),
+        "z": batch_sum((weight * torch.logsumexp(logits, -1).square()).sum()),
     }
 
 

@@ -245,7 +245,8 @@ class ExternalMemory(Memory):
         if self.retrieval is None or not self.config.retrieval_cost:
             return {}
         gate = torch.sigmoid(self.retrieval.logit(hidden)) * mask
-        return {"retrieval": self.config.retrieval_cost * gate.sum() / mask.sum().clamp(min=1)}
+        opened, tokens = self.batch_sum(gate.sum()), self.batch_sum(mask.sum())
+        return {"retrieval": self.config.retrieval_cost * opened / tokens.clamp(min=1)}
 
 
 def outdated(score: Tensor, serial: Tensor, slack: float) -> Tensor:

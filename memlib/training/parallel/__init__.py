@@ -1,0 +1,1 @@
+"""Training on many processes, applied from outside: models know nothing of ranks or meshes."""

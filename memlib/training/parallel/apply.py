@@ -1,0 +1,88 @@
+"""Make one process's part of a model out of the whole: shards of its parameters, in the types it computes in.
+
+One code path serves all of data parallelism: `fully_shard` for each block over the mesh (replicate, shard).
+With shards of the whole model, ddp, it only sums gradients. torch's own DDP wrapper is not used: it waits for
+the gradient of every parameter, which the last write of a truncated memory never gets.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from memlib.config import ParallelConfig
+from memlib.models import MemoryTransformer
+from memlib.training.parallel.ranks import Ranks
+
+DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def distribute(model: MemoryTransformer, parallel: ParallelConfig, ranks: Ranks) -> MemoryTransformer:
+    """This process's part of a model, in place. Its optimizer must be built afterwards."""
+    if ranks.mesh is None:
+        return model
+    for module in model.modules():
+        if hasattr(module, "batch_sum"):
+            module.batch_sum = SumOverRows(ranks)  # type: ignore[assignment]
+    if ranks.data_size == 1 and parallel.mixed_precision == "none":
+        return model
+    # States come in float32 and are cast where they are read (`LayerMemories.open`): a policy that cast the
+    # inputs of a block would round what a memory keeps.
+    policy = MixedPrecisionPolicy(
+        param_dtype=DTYPES[parallel.mixed_precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    # Nothing here changes an output in place, which is what it warns of.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    axes: Any = ("replicate", "shard") if ranks.size("replicate") > 1 else "shard"
+    options: dict[str, Any] = {"mesh": ranks.mesh[axes], "mp_policy": policy}
+    for module in shared_modules(model):  # a group of their own, which stays gathered
+        fully_shard(module, reshard_after_forward=False, **options)
+    for block in model.blocks:
+        fully_shard(block, reshard_after_forward=parallel.reshard_after_forward, **options)
+    fully_shard(model, reshard_after_forward=parallel.reshard_after_forward, **options)
+    return model
+
+
+def shared_modules(model: MemoryTransformer) -> list[nn.Module]:
+    """Modules whose parameters several blocks use, such as chapters' learned tokens."""
+    used = Counter(id(p) for block in model.blocks for p in set(block.parameters()))
+    owners = {
+        id(module): module
+        for module in model.blocks.modules()
+        for p in module.parameters(recurse=False)
+        if used[id(p)] > 1
+    }
+    return list(owners.values())
+
+
+class SumOverRows:
+    """A `batch_sum` over the data-parallel ranks. Each rank then holds the whole batch's loss.
+
+    The gradient passes unchanged: gradients of parameters are summed over the ranks afterwards.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def __call__(self, total: Tensor) -> Tensor:
+        return _Sum.apply(total, self.ranks)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, ranks: Ranks) -> Tensor:
+        found = total.clone()
+        for axis in ("replicate", "shard"):
+            if ranks.mesh is not None and ranks.size(axis) > 1:
+                dist.all_reduce(found, group=ranks.mesh.get_group(axis))
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None

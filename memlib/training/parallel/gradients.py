@@ -1,0 +1,59 @@
+"""The norm of gradients that lie on several processes, and clipping by it.
+
+Parameters of one model may be divided in different ways: norms of layers are whole on every rank, matrices
+are shards over some axes of the mesh. The squares of each kind are summed over the ranks that hold its
+shards.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+from memlib.training.parallel.ranks import Ranks
+
+
+def fill_missing(parameters: Iterable[nn.Parameter]) -> None:
+    """Zeros for gradients that this step did not reach, so that every layout decays the same weights.
+
+    FSDP gives a group's parameters zeros where others of the group have gradients.
+    """
+    for p in parameters:
+        if p.requires_grad and p.grad is None:
+            p.grad = torch.zeros_like(p)
+
+
+def clip(parameters: Iterable[nn.Parameter], limit: float, ranks: Ranks) -> float:
+    """Scale all gradients by limit / norm if their norm is above the limit; returns the norm before it."""
+    found = [p for p in parameters if p.grad is not None]
+    if ranks.mesh is None:
+        return float(nn.utils.clip_grad_norm_(found, limit))
+    norm = gradient_norm([p.grad for p in found if p.grad is not None], ranks)
+    factor = min(1.0, limit / (norm + 1e-6))
+    for p in found:
+        if p.grad is not None and factor < 1:
+            p.grad.mul_(factor)
+    return norm
+
+
+@torch.no_grad()
+def gradient_norm(gradients: list[Tensor], ranks: Ranks) -> float:
+    """The Euclidean norm of all gradients of all processes, equal on every one."""
+    kinds: dict[object, list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        kind = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
+        kinds[kind].append(gradient)
+    squares = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for same in kinds.values():
+        norm = get_total_norm(same)
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        squares += whole.double().square()
+    if ranks.mesh is not None and ranks.size("stage") > 1:
+        dist.all_reduce(squares, group=ranks.mesh.get_group("stage"))
+    return float(squares.sqrt())
