@@ -31,7 +31,6 @@ from memlib.config import (
 from memlib.evaluation import Score, evaluate
 from memlib.models import MemoryState, MemoryTransformer
 from memlib.tasks import Batch, Task, make_task
-from memlib.tasks.scoring import correct, scored_cross_entropy
 from memlib.training.checkpoint import (
     CheckpointError,
     latest_checkpoint,
@@ -43,7 +42,7 @@ from memlib.training.checkpoint import (
 from memlib.training.divergence import TrainingDiverged, check_finite
 from memlib.training.log import RunLog
 from memlib.training.optimizer import make_optimizer, make_schedule
-from memlib.training.parallel.apply import distribute
+from memlib.training.parallel.apply import distribute, loss_of
 from memlib.training.parallel.gradients import clip, fill_missing
 from memlib.training.parallel.ranks import join
 from memlib.training.resume import checkpoint_to_resume, progress_of, resume_checkpoint
@@ -80,6 +79,7 @@ class Trainer:
             (s.from_step, self.make_task(override(config.task, s.set))) for s in training.curriculum
         ]
         self.model = distribute(MemoryTransformer(config).to(self.device), config.parallel, self.ranks)
+        self.loss, self.correct, self.loss_context = loss_of(config.parallel)
         self.optimizer = make_optimizer(self.model, training)
         self.schedule = make_schedule(self.optimizer, training)
         self.step, self.cpu_seconds = 0, 0.0
@@ -186,12 +186,13 @@ class Trainer:
                 total = share * torch.stack(list(output.router_losses.values())).sum()
                 routing += float(total.detach())
             if bool(whole.scored[:, part].any()):  # of all ranks, which must all do the same
-                piece = scored_cross_entropy(output.logits, *where) / positions
+                piece = self.loss(output.logits, *where) / positions
                 total = total + piece
                 loss += float(piece.detach())
-                right += correct(output.logits, *where)
+                right += self.correct(output.logits, *where)
             if total.requires_grad:
-                (total * self.ranks.data_size).backward()  # ranks' gradients are averaged
+                with self.loss_context():
+                    (total * self.ranks.data_size).backward()  # ranks' gradients are averaged
         self.carried = state if task.continues else None
         return loss, right, routing
 

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import loss_parallel
 
 from memlib.config import ParallelConfig
 from memlib.models import MemoryTransformer
+from memlib.tasks.scoring import correct, scored_cross_entropy
 from memlib.training.parallel.ranks import Ranks
+from memlib.training.parallel.tensor import correct as correct_by_vocabulary
+from memlib.training.parallel.tensor import cross_entropy, divide_layers
 
 DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,6 +35,8 @@ def distribute(model: MemoryTransformer, parallel: ParallelConfig, ranks: Ranks)
     for module in model.modules():
         if hasattr(module, "batch_sum"):
             module.batch_sum = SumOverRows(ranks)  # type: ignore[assignment]
+    if ranks.size("tensor") > 1:
+        divide_layers(model, parallel, ranks.mesh["tensor"])
     if ranks.data_size == 1 and parallel.mixed_precision == "none":
         return model
     # States come in float32 and are cast where they are read (`LayerMemories.open`): a policy that cast the
@@ -47,6 +54,13 @@ def distribute(model: MemoryTransformer, parallel: ParallelConfig, ranks: Ranks)
         fully_shard(block, reshard_after_forward=parallel.reshard_after_forward, **options)
     fully_shard(model, reshard_after_forward=parallel.reshard_after_forward, **options)
     return model
+
+
+def loss_of(parallel: ParallelConfig) -> tuple[Callable[..., Tensor], Callable[..., int], Callable[[], Any]]:
+    """The loss, the number of correct predictions, and the context of the loss's backward pass."""
+    if parallel.loss_parallel:
+        return cross_entropy, correct_by_vocabulary, loss_parallel
+    return scored_cross_entropy, correct, nullcontext
 
 
 def shared_modules(model: MemoryTransformer) -> list[nn.Module]:
@@ -77,11 +91,7 @@ class SumOverRows:
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, total: Tensor, ranks: Ranks) -> Tensor:
-        found = total.clone()
-        for axis in ("replicate", "shard"):
-            if ranks.mesh is not None and ranks.size(axis) > 1:
-                dist.all_reduce(found, group=ranks.mesh.get_group(axis))
-        return found
+        return ranks.all_reduce(total.clone(), ["replicate", "shard"])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

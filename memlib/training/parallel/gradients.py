@@ -7,16 +7,13 @@ shards.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 
-from memlib.training.parallel.ranks import Ranks
+from memlib.training.parallel.ranks import AXES, Ranks
 
 
 def fill_missing(parameters: Iterable[nn.Parameter]) -> None:
@@ -45,15 +42,15 @@ def clip(parameters: Iterable[nn.Parameter], limit: float, ranks: Ranks) -> floa
 @torch.no_grad()
 def gradient_norm(gradients: list[Tensor], ranks: Ranks) -> float:
     """The Euclidean norm of all gradients of all processes, equal on every one."""
-    kinds: dict[object, list[Tensor]] = defaultdict(list)
+    squares: dict[tuple[int, ...], Tensor] = {}  # by the axes of the mesh over which they are divided
     for gradient in gradients:
-        kind = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
-        kinds[kind].append(gradient)
-    squares = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    for same in kinds.values():
-        norm = get_total_norm(same)
-        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        squares += whole.double().square()
-    if ranks.mesh is not None and ranks.size("stage") > 1:
-        dist.all_reduce(squares, group=ranks.mesh.get_group("stage"))
-    return float(squares.sqrt())
+        divided: tuple[int, ...] = ()
+        if isinstance(gradient, DTensor):
+            axes = zip(gradient.device_mesh.mesh_dim_names or (), gradient.placements, strict=True)
+            divided = tuple(AXES.index(axis) for axis, placed in axes if not placed.is_replicate())
+            gradient = gradient.to_local()
+        squares[divided] = squares.get(divided, 0) + gradient.double().square().sum()
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for divided, part in squares.items():
+        total += ranks.all_reduce(part, [AXES[axis] for axis in divided])
+    return float(ranks.all_reduce(total, ["stage"]).sqrt())

@@ -13,10 +13,12 @@ They form a mesh of four axes, of which all but one may have size 1:
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from memlib.config import Config, ConfigError
@@ -62,10 +64,15 @@ class Ranks:
         if self.mesh is None:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        for axis in ("stage", "replicate", "shard"):
-            if self.size(axis) > 1:
+        summed: list[float] = self.all_reduce(total, ["stage", "replicate", "shard"]).tolist()
+        return summed
+
+    def all_reduce(self, total: Tensor, axes: Sequence[str]) -> Tensor:
+        """A tensor summed in place over the ranks along some axes."""
+        for axis in axes:
+            if self.mesh is not None and self.size(axis) > 1:
                 dist.all_reduce(total, group=self.mesh.get_group(axis))
-        return total.tolist()
+        return total
 
     def gather(self, value: object) -> list[object]:
         """The values of all processes, in the order of their ranks."""
