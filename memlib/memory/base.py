@@ -106,6 +106,11 @@ class Memory(nn.Module, ABC):
         """Whether it takes part in its layer's attention by `mix`; its options decide."""
         return self.config.in_attention
 
+    @property
+    def adds_losses(self) -> bool:
+        """Whether `losses` adds anything in training; its options decide."""
+        return False
+
     @abstractmethod
     def init_state(self, batch_size: int) -> State:
         """The state of streams that have seen nothing."""

@@ -15,7 +15,7 @@ the graph that can be compiled or exported. The layers' bookkeeping is `memlib.m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import cast
 
@@ -162,47 +162,17 @@ class MemoryTransformer(nn.Module):
         them, and the memories' losses if complete. Nothing here depends on a tensor's values: it can be
         compiled and exported. Inputs are not checked.
         """
-        past, n = state.window, ids.shape[1]
-        all_real = mask is None and not past.length
-        new = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-        valid, window_ids = torch.cat((past.mask, new), 1), torch.cat((past.ids, ids), 1)
-        allowed = window_mask(n, None if all_real else valid, past.length, ids.device)
-        complete = past.length + n == self.segment_length
-        has_tokens = None if all_real else valid.any(1)
-        residual, latest = self.embedding(ids), list(state.memories)
-        outputs: list[BlockOutput] = []
-        hidden = dict(zip(self.stack.layers, past.hidden, strict=True))
-        for layer, block in enumerate(self.blocks):
-            inputs = None
-            if layer in hidden:
-                inputs = LayerInput(
-                    states=self.stack.at(layer, state.memories),
-                    hidden=hidden[layer],
-                    mask=valid,
-                    ids=window_ids,
-                    latest=self.stack.at(layer, latest) if complete else None,
-                    has_tokens=has_tokens,
-                )
-            read: Callable[..., BlockOutput] = block
-            if self.training and self.config.training.gradient_checkpointing:
-                read = partial(checkpoint, block, use_reentrant=False)
-            output = read(residual, past.keys[layer], past.values[layer], allowed, inputs)
-            if inputs is not None and complete:
-                self.stack.put(layer, latest, output.states)
-            residual = output.residual
-            outputs.append(output)
-        window = Window(
-            tuple(output.keys for output in outputs),
-            tuple(output.values for output in outputs),
-            tuple(output.hidden for output in outputs if output.hidden is not None),
-            valid,
-            window_ids,
+        residual, state, losses = read_blocks(
+            dict(enumerate(self.blocks)),
+            self.stack,
+            self.embedding(ids),
+            ids,
+            mask,
+            state,
+            self.segment_length,
+            self.training and self.config.training.gradient_checkpointing,
         )
-        if complete:
-            window = window.emptied()
-        window = window.cast(torch.promote_types(residual.dtype, torch.float32))
-        losses = [loss for output in outputs for loss in output.losses]
-        return self.head(self.norm(residual)), MemoryState(tuple(latest), window), losses
+        return self.head(self.norm(residual)), state, losses
 
     def close_memory(self) -> None:
         """Shut every memory out (law L5): from here on exactly the plain transformer."""
@@ -221,6 +191,63 @@ class MemoryTransformer(nn.Module):
         if memory_state is not None:
             wide = torch.promote_types(self.embedding.weight.dtype, torch.float32)
             check_state(self, memory_state, input_ids.shape[0], wide)
+
+
+def read_blocks(
+    blocks: Mapping[int, nn.Module],
+    stack: MemoryStack,
+    residual: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    state: MemoryState,
+    segment_length: int,
+    recompute: bool = False,
+) -> tuple[Tensor, MemoryState, Losses]:
+    """Pass tokens of the open segment through some layers, and write their memories if they complete it.
+
+    blocks: by layer, all or those of a pipeline's stage; stack: of their memories; residual: [b n d]; ids,
+    mask, state: as `MemoryTransformer.step` takes them; recompute: in the backward pass.
+    """
+    past, n = state.window, ids.shape[1]
+    all_real = mask is None and not past.length
+    new = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    valid, window_ids = torch.cat((past.mask, new), 1), torch.cat((past.ids, ids), 1)
+    allowed = window_mask(n, None if all_real else valid, past.length, ids.device)
+    complete = past.length + n == segment_length
+    has_tokens = None if all_real else valid.any(1)
+    latest, outputs = list(state.memories), []
+    hidden = dict(zip((layer for layer in blocks if layer in stack.layers), past.hidden, strict=True))
+    for block, layer, keys, values in zip(blocks.values(), blocks, past.keys, past.values, strict=True):
+        inputs = None
+        if layer in hidden:
+            inputs = LayerInput(
+                states=stack.at(layer, state.memories),
+                hidden=hidden[layer],
+                mask=valid,
+                ids=window_ids,
+                latest=stack.at(layer, latest) if complete else None,
+                has_tokens=has_tokens,
+            )
+        read: Callable[..., BlockOutput] = block
+        if recompute:
+            read = partial(checkpoint, block, use_reentrant=False)
+        output = read(residual, keys, values, allowed, inputs)
+        if inputs is not None and complete:
+            stack.put(layer, latest, output.states)
+        residual = output.residual
+        outputs.append(output)
+    window = Window(
+        tuple(output.keys for output in outputs),
+        tuple(output.values for output in outputs),
+        tuple(output.hidden for output in outputs if output.hidden is not None),
+        valid,
+        window_ids,
+    )
+    if complete:
+        window = window.emptied()
+    window = window.cast(torch.promote_types(residual.dtype, torch.float32))
+    losses = [loss for output in outputs for loss in output.losses]
+    return residual, MemoryState(tuple(latest), window), losses
 
 
 def mean_by_name(losses: Losses) -> dict[str, Tensor]:

@@ -44,6 +44,7 @@ from memlib.training.log import RunLog
 from memlib.training.optimizer import make_optimizer, make_schedule
 from memlib.training.parallel.apply import distribute, loss_of
 from memlib.training.parallel.gradients import clip, fill_missing
+from memlib.training.parallel.pipeline import Pipeline
 from memlib.training.parallel.ranks import join
 from memlib.training.resume import checkpoint_to_resume, progress_of, resume_checkpoint
 
@@ -79,6 +80,7 @@ class Trainer:
             (s.from_step, self.make_task(override(config.task, s.set))) for s in training.curriculum
         ]
         self.model = distribute(MemoryTransformer(config).to(self.device), config.parallel, self.ranks)
+        self.pipeline = self.model if isinstance(self.model, Pipeline) else None
         self.loss, self.correct, self.loss_context = loss_of(config.parallel)
         self.optimizer = make_optimizer(self.model, training)
         self.schedule = make_schedule(self.optimizer, training)
@@ -177,6 +179,13 @@ class Trainer:
         horizon = (self.config.training.horizon or task.segments) * task.segment_length
         for start in range(0, length, horizon):
             part = slice(start, start + horizon)
+            if self.pipeline is not None:
+                scale = self.ranks.data_size / positions
+                state, more, hits = self.pipeline.learn(
+                    batch.tokens[:, part], batch.targets[:, part], batch.scored[:, part], state, scale
+                )
+                loss, right = loss + more / positions, right + hits
+                continue
             output = self.model(batch.tokens[:, part], memory_state=state)
             state = output.memory_state.detach()
             where = batch.targets[:, part], batch.scored[:, part]

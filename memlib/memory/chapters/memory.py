@@ -163,9 +163,13 @@ class ChapterMemory(Memory):
         recent, known = newest_tokens(torch.cat((state.recent, tokens), 1), known, self.window)
         return ChapterState(masked_mean(tokens, mask), state.seen | mask.any(1), recent, known)
 
+    @property
+    def adds_losses(self) -> bool:
+        return self.router is not None and bool(self.router.coefficients)
+
     def losses(self, hidden: Tensor, state: State, mask: Tensor) -> Losses:
         """The router's losses for a finished segment; a new stream has no selection yet."""
-        if self.router is None or not self.router.coefficients:
+        if self.router is None or not self.adds_losses:
             return {}
         state = cast(ChapterState, state)
         whole = self.with_open_segment(state, hidden[:, :0], mask)

@@ -240,9 +240,13 @@ class ExternalMemory(Memory):
         hits = self.scored(self.search(hidden, state.cast(hidden.dtype), self.decide(hidden)))
         return hits, hits.weight * rearrange(valid, "b n -> b 1 n 1")
 
+    @property
+    def adds_losses(self) -> bool:
+        return self.retrieval is not None and bool(self.config.retrieval_cost)
+
     def losses(self, hidden: Tensor, state: Any, mask: Tensor) -> dict[str, Tensor]:
         """retrieval_cost x mean sigma(g): gates then open where retrieval is worth that much."""
-        if self.retrieval is None or not self.config.retrieval_cost:
+        if self.retrieval is None or not self.adds_losses:
             return {}
         gate = torch.sigmoid(self.retrieval.logit(hidden)) * mask
         opened, tokens = self.batch_sum(gate.sum()), self.batch_sum(mask.sum())

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from memlib.config import ParallelConfig
 from memlib.models import MemoryTransformer
 from memlib.tasks.scoring import correct, scored_cross_entropy
+from memlib.training.parallel.pipeline import Pipeline
 from memlib.training.parallel.ranks import Ranks
 from memlib.training.parallel.tensor import correct as correct_by_vocabulary
 from memlib.training.parallel.tensor import cross_entropy, divide_layers
@@ -29,16 +30,31 @@ DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def distribute(model: MemoryTransformer, parallel: ParallelConfig, ranks: Ranks) -> MemoryTransformer:
-    """This process's part of a model, in place. Its optimizer must be built afterwards."""
+    """This process's part of a model, in place: the model itself, or a `Pipeline`, which is called like it.
+
+    Its optimizer must be built afterwards.
+    """
     if ranks.mesh is None:
         return model
-    for module in model.modules():
+    parts: list[Any] = [model]
+    whole: Any = model
+    if ranks.size("stage") > 1:
+        whole = Pipeline(model, ranks)
+        parts = whole.stages
+    for module in whole.modules():
         if hasattr(module, "batch_sum"):
-            module.batch_sum = SumOverRows(ranks)  # type: ignore[assignment]
+            module.batch_sum = SumOverRows(ranks)
     if ranks.size("tensor") > 1:
         divide_layers(model, parallel, ranks.mesh["tensor"])
-    if ranks.data_size == 1 and parallel.mixed_precision == "none":
-        return model
+    if ranks.data_size > 1 or parallel.mixed_precision != "none":
+        for part in parts:
+            shard(part, parallel, ranks)
+    return cast(MemoryTransformer, whole)
+
+
+def shard(part: Any, parallel: ParallelConfig, ranks: Ranks) -> None:
+    """Divide the parameters of a model or stage among the data-parallel ranks, block by block."""
+    assert ranks.mesh is not None
     # States come in float32 and are cast where they are read (`LayerMemories.open`): a policy that cast the
     # inputs of a block would round what a memory keeps.
     policy = MixedPrecisionPolicy(
@@ -48,12 +64,12 @@ def distribute(model: MemoryTransformer, parallel: ParallelConfig, ranks: Ranks)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     axes: Any = ("replicate", "shard") if ranks.size("replicate") > 1 else "shard"
     options: dict[str, Any] = {"mesh": ranks.mesh[axes], "mp_policy": policy}
-    for module in shared_modules(model):  # a group of their own, which stays gathered
+    blocks = list(part.blocks.children())
+    for module in shared_modules(blocks):  # a group of their own, which stays gathered
         fully_shard(module, reshard_after_forward=False, **options)
-    for block in model.blocks:
+    for block in blocks:
         fully_shard(block, reshard_after_forward=parallel.reshard_after_forward, **options)
-    fully_shard(model, reshard_after_forward=parallel.reshard_after_forward, **options)
-    return model
+    fully_shard(part, reshard_after_forward=parallel.reshard_after_forward, **options)
 
 
 def loss_of(parallel: ParallelConfig) -> tuple[Callable[..., Tensor], Callable[..., int], Callable[[], Any]]:
@@ -63,12 +79,13 @@ def loss_of(parallel: ParallelConfig) -> tuple[Callable[..., Tensor], Callable[.
     return scored_cross_entropy, correct, nullcontext
 
 
-def shared_modules(model: MemoryTransformer) -> list[nn.Module]:
+def shared_modules(blocks: list[nn.Module]) -> list[nn.Module]:
     """Modules whose parameters several blocks use, such as chapters' learned tokens."""
-    used = Counter(id(p) for block in model.blocks for p in set(block.parameters()))
+    used = Counter(id(p) for block in blocks for p in set(block.parameters()))
     owners = {
         id(module): module
-        for module in model.blocks.modules()
+        for block in blocks
+        for module in block.modules()
         for p in module.parameters(recurse=False)
         if used[id(p)] > 1
     }
