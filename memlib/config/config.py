@@ -173,6 +173,11 @@ def check_parallel(config: Config) -> None:
             "model.tie_embeddings: the first and the last stage of a pipeline would share a matrix; set it "
             "to false, or parallel.pipeline_parallel_size: 1"
         )
+    if parallel.loss_parallel:
+        raise ConfigError(
+            "parallel.loss_parallel: the last stage of a pipeline takes the loss of whole logits; set it to "
+            "false, or parallel.pipeline_parallel_size: 1"
+        )
     if config.training.batch_size % parallel.pipeline_microbatches:
         raise ConfigError(
             f"parallel.pipeline_microbatches = {parallel.pipeline_microbatches}: must divide "

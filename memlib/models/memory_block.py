@@ -77,8 +77,8 @@ class MemoryTransformerBlock(nn.Module):
     def attend(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Causal self-attention over the given window; [b n d] -> [b n d]."""
         b, n, d = hidden.shape
-        k = self.attention.head_dim
-        none = hidden.new_zeros(b, d // k, 0, k)
+        heads = self.attention.num_heads
+        none = hidden.new_zeros(b, heads, 0, d // heads)
         valid = None if attention_mask is None else attention_mask.bool()
         return self.attention(hidden, none, none, window_mask(n, valid, 0, hidden.device))[0]
 

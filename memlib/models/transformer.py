@@ -107,10 +107,11 @@ class MemoryTransformer(nn.Module):
         """A window without tokens."""
         model = self.config.model
         none = partial(zeros, self.embedding, batch_size)
-        heads = (model.num_heads, 0, model.hidden_dim // model.num_heads)
+        k = model.hidden_dim // model.num_heads
+        heads = [self.block(layer).attention.num_heads for layer in range(model.num_layers)]
         return Window(
-            keys=tuple(none(*heads) for _ in self.blocks),
-            values=tuple(none(*heads) for _ in self.blocks),
+            keys=tuple(none(h, 0, k) for h in heads),
+            values=tuple(none(h, 0, k) for h in heads),
             hidden=tuple(none(0, model.hidden_dim) for _ in self.stack.layers),
             mask=none(0, dtype=torch.bool),
             ids=none(0, dtype=torch.int64),

@@ -70,12 +70,12 @@ class SelfAttention(nn.Module):
         super().__init__()
         if hidden_dim % num_heads:
             raise ValueError(f"num_heads = {num_heads}: must divide hidden_dim = {hidden_dim}")
-        self.head_dim = hidden_dim // num_heads
+        self.num_heads = num_heads  # on this process: tensor parallelism divides them
         self.q_proj = Linear(hidden_dim, hidden_dim)
         self.k_proj = Linear(hidden_dim, hidden_dim)
         self.v_proj = Linear(hidden_dim, hidden_dim)
         self.o_proj = Linear(hidden_dim, hidden_dim, scale=out_scale)
-        self.rotary = RotaryPositionalEmbedding(self.head_dim) if use_rope else None
+        self.rotary = RotaryPositionalEmbedding(hidden_dim // num_heads) if use_rope else None
 
     def forward(
         self, hidden: Tensor, past_keys: Tensor, past_values: Tensor, mask: Tensor | None
@@ -84,10 +84,10 @@ class SelfAttention(nn.Module):
         return self.output(attended.heads), attended.keys, attended.values
 
     def project(self, hidden: Tensor) -> Heads:
-        """[b n d] -> queries, keys and values by head: all heads, or those of this process."""
+        """[b n d] -> queries, keys and values by head."""
         return Heads(
             *(
-                rearrange(proj(hidden), "b n (h k) -> b h n k", k=self.head_dim)
+                rearrange(proj(hidden), "b n (h k) -> b h n k", h=self.num_heads)
                 for proj in (self.q_proj, self.k_proj, self.v_proj)
             )
         )

@@ -81,7 +81,7 @@ class Trainer:
         ]
         self.model = distribute(MemoryTransformer(config).to(self.device), config.parallel, self.ranks)
         self.pipeline = self.model if isinstance(self.model, Pipeline) else None
-        self.loss, self.correct, self.loss_context = loss_of(config.parallel)
+        self.loss, self.correct = loss_of(config.parallel, self.ranks)
         self.optimizer = make_optimizer(self.model, training)
         self.schedule = make_schedule(self.optimizer, training)
         self.step, self.cpu_seconds = 0, 0.0
@@ -200,8 +200,7 @@ class Trainer:
                 loss += float(piece.detach())
                 right += self.correct(output.logits, *where)
             if total.requires_grad:
-                with self.loss_context():
-                    (total * self.ranks.data_size).backward()  # ranks' gradients are averaged
+                (total * self.ranks.data_size).backward()  # ranks' gradients are averaged
         self.carried = state if task.continues else None
         return loss, right, routing
 

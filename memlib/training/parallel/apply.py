@@ -10,21 +10,18 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor.parallel import loss_parallel
 
 from memlib.config import ParallelConfig
 from memlib.models import MemoryTransformer
 from memlib.tasks.scoring import correct, scored_cross_entropy
 from memlib.training.parallel.pipeline import Pipeline
 from memlib.training.parallel.ranks import Ranks
-from memlib.training.parallel.tensor import correct as correct_by_vocabulary
-from memlib.training.parallel.tensor import cross_entropy, divide_layers
+from memlib.training.parallel.tensor import VocabularyLoss, divide_layers
 
 DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,8 +54,9 @@ def shard(part: Any, parallel: ParallelConfig, ranks: Ranks) -> None:
     assert ranks.mesh is not None
     # States come in float32 and are cast where they are read (`LayerMemories.open`): a policy that cast the
     # inputs of a block would round what a memory keeps.
+    dtype = DTYPES[parallel.mixed_precision]
     policy = MixedPrecisionPolicy(
-        param_dtype=DTYPES[parallel.mixed_precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False
     )
     # Nothing here changes an output in place, which is what it warns of.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -72,11 +70,12 @@ def shard(part: Any, parallel: ParallelConfig, ranks: Ranks) -> None:
     fully_shard(part, reshard_after_forward=parallel.reshard_after_forward, **options)
 
 
-def loss_of(parallel: ParallelConfig) -> tuple[Callable[..., Tensor], Callable[..., int], Callable[[], Any]]:
-    """The loss, the number of correct predictions, and the context of the loss's backward pass."""
-    if parallel.loss_parallel:
-        return cross_entropy, correct_by_vocabulary, loss_parallel
-    return scored_cross_entropy, correct, nullcontext
+def loss_of(parallel: ParallelConfig, ranks: Ranks) -> tuple[Callable[..., Tensor], Callable[..., int]]:
+    """The loss of logits in this layout, and their number of correct predictions."""
+    if ranks.mesh is None or not parallel.loss_parallel:
+        return scored_cross_entropy, correct
+    loss = VocabularyLoss(ranks.mesh.get_group("tensor"))
+    return loss.cross_entropy, loss.correct
 
 
 def shared_modules(blocks: list[nn.Module]) -> list[nn.Module]:

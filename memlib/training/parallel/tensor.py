@@ -7,7 +7,7 @@ With sequence parallelism a rank holds n / ranks tokens of the residual stream. 
 norm and divided again where a sum enters the stream; between the two all is as without. So memories see
 whole segments, and their gradients are whole.
 
-With loss parallelism the output layer and its logits are divided by vocabulary (`cross_entropy`).
+With loss parallelism the output layer and its logits are divided by vocabulary (`VocabularyLoss`).
 
 Everything is applied from outside, by modules' hooks and by torch's styles of parallel layers.
 Source: Shoeybi et al. 2019, arXiv 1909.08053; Korthikanti et al. 2022, arXiv 2205.05198 (sequences).
@@ -22,16 +22,14 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
-    loss_parallel,
     parallelize_module,
 )
-from torch.nn import functional as F
 
 from memlib.config import ConfigError, ParallelConfig
 from memlib.models import MemoryTransformer
@@ -61,8 +59,10 @@ def divide_layers(model: MemoryTransformer, parallel: ParallelConfig, mesh: Devi
                 plan |= {f"{mlp}.{name}": ColwiseParallel() for name in MLP}
                 plan[f"{mlp}.down_proj"] = RowwiseParallel(output_layouts=Shard(1) if spread else Replicate())
         parallelize_module(block, mesh, plan)
+        block.attention.num_heads //= mesh.size()
     if parallel.loss_parallel:
-        parallelize_module(model.head, mesh, ColwiseParallel(use_local_output=False))
+        parallelize_module(model.head, mesh, ColwiseParallel())
+        model.head.register_forward_hook(partial(whole_in_evaluation, mesh))
     if spread:
         spread_tokens(model, mesh)
 
@@ -120,6 +120,13 @@ def spread_tokens(model: MemoryTransformer, mesh: DeviceMesh) -> None:
                 project.register_forward_hook(after(divide))
 
 
+def whole_in_evaluation(mesh: DeviceMesh, head: nn.Module, inputs: object, logits: Tensor) -> Tensor:
+    """Logits are divided in training only."""
+    if head.training:
+        return logits
+    return DTensor.from_local(logits, mesh, [Shard(-1)], run_check=False).full_tensor()
+
+
 def norm_of_part(norm: RMSNorm, group: dist.ProcessGroup, hidden: Tensor) -> Tensor:
     """A norm of some of the tokens; its weight's gradient is summed over the ranks that have the others."""
     return rms_norm(hidden, _SumGradient.apply(norm.weight, group), norm.eps)
@@ -138,28 +145,50 @@ class _SumGradient(torch.autograd.Function):
         return total, None
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, scored: Tensor) -> Tensor:
-    """`scored_cross_entropy` of logits [b n v] that may be divided by vocabulary, equal on all ranks.
+class VocabularyLoss:
+    """`scored_cross_entropy` and `correct` of logits that are divided by vocabulary: [b n v/ranks] on each.
 
-    Its backward pass must run inside `loss_parallel()` too.
+    -log p(y) = log sum_v exp(z_v - m) - (z_y - m) with the largest logit m: three numbers a position travel,
+    not the logits.
     """
-    wanted = torch.where(scored, targets, -100)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    with loss_parallel():
-        return F.cross_entropy(
-            logits.to(wide).flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum"
-        )
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor, scored: Tensor) -> Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return _DividedLoss.apply(logits[scored].to(wide), targets[scored], self.group).sum()
+
+    @torch.no_grad()
+    def correct(self, logits: Tensor, targets: Tensor, scored: Tensor) -> int:
+        best, index = logits[scored].max(-1)
+        highest = best.clone()
+        dist.all_reduce(highest, dist.ReduceOp.MAX, self.group)
+        first = index + self.group.rank() * logits.shape[-1]
+        winner = torch.where(best == highest, first, torch.iinfo(first.dtype).max)
+        dist.all_reduce(winner, dist.ReduceOp.MIN, self.group)
+        return int((winner == targets[scored]).sum())
 
 
-@torch.no_grad()
-def correct(logits: DTensor, targets: Tensor, scored: Tensor) -> int:
-    """`scoring.correct` of logits that are divided by vocabulary: the best of every rank's best."""
-    mine, mesh = logits.to_local(), logits.device_mesh
-    best, index = mine[scored].double().max(-1)
-    index = index + mesh.get_local_rank() * mine.shape[-1]
-    own = torch.stack((best, index.double()))
-    found = [torch.empty_like(own) for _ in range(mesh.size())]
-    dist.all_gather(found, own, group=mesh.get_group())
-    everyone = torch.stack(found)  # rank, (best, index), position
-    winner = everyone[:, 0].argmax(0, keepdim=True)
-    return int((everyone[:, 1].gather(0, winner)[0].long() == targets[scored]).sum())
+class _DividedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> Tensor:
+        highest = logits.amax(-1, keepdim=True)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+        shifted = logits - highest
+        weights = shifted.exp()
+        total = weights.sum(-1, keepdim=True)
+        dist.all_reduce(total, group=group)
+        place = targets - group.rank() * logits.shape[-1]
+        own = (place >= 0) & (place < logits.shape[-1])
+        place = torch.where(own, place, 0).unsqueeze(-1)
+        wanted = torch.where(own, shifted.gather(-1, place).squeeze(-1), 0.0)
+        dist.all_reduce(wanted, group=group)
+        ctx.save_for_backward(weights / total, place, own)
+        return total.squeeze(-1).log() - wanted
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        probabilities, place, own = ctx.saved_tensors
+        found = probabilities.clone().scatter_add_(-1, place, -own.to(probabilities.dtype).unsqueeze(-1))
+        return found * gradient.unsqueeze(-1), None, None

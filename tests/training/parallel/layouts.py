@@ -1,0 +1,158 @@
+"""Train the same models on one process and in every layout of two or four, and write down the differences.
+
+Run by test_layouts.py: python -m tests.training.parallel.layouts WORLD FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+from memlib.config import ConfigError, override
+from memlib.memory import MEMORIES
+from memlib.models import MemoryTransformer
+from memlib.tasks import Batch, Task
+from memlib.training import trainer as training
+from tests.laws.cases import BASELINE, SEGMENT, VOCAB, Case, cases, stir
+
+ROWS, STEPS = 4, 2
+FSDP = {"distributed_strategy": "fsdp"}
+TENSOR = {"tensor_parallel_size": 2}
+STAGES = {"pipeline_parallel_size": 2, "pipeline_microbatches": 2}
+LAYOUTS = {
+    2: {
+        "ddp": {},
+        "fsdp": FSDP,
+        "fsdp, resharded": FSDP | {"reshard_after_forward": True},
+        "tensor": TENSOR,
+        "tensor, sequence, loss": TENSOR | {"sequence_parallel": True, "loss_parallel": True},
+        "1f1b": STAGES,
+    },
+    4: {
+        "hsdp": {"distributed_strategy": "hsdp", "shard_size": 2},
+        "fsdp x tensor": FSDP | TENSOR | {"sequence_parallel": True, "loss_parallel": True},
+        "fsdp x 1f1b": FSDP | STAGES,
+        "tensor x gpipe": TENSOR | STAGES | {"pipeline_schedule": "gpipe"},
+        "interleaved x fsdp": FSDP | STAGES | {"pipeline_schedule": "interleaved"},
+    },
+}
+FEW = ("baseline", "internal", "chapters")  # of the cases, with four processes
+
+
+class Uneven(Task):
+    """Random tokens; a row's share of scored positions differs from row to row, and some rows have none."""
+
+    chance, continues = 0.0, True
+
+    def batch(self, batch_size: int, step: int, seed: int = 0, split: str = "train") -> Batch:
+        rng = np.random.default_rng([seed, step, split == "test"])
+        segments = 3 if split == "test" else 2 + step % 2
+        stream = rng.integers(VOCAB, size=(batch_size, segments * SEGMENT + 1))
+        share = np.arange(batch_size)[:, None] / batch_size
+        scored = rng.random((batch_size, segments * SEGMENT)) < (share if split == "train" else 0.5)
+        return Batch.of(stream, scored, rng.random(batch_size) < 0.3)
+
+    def solve(self, row: list[int]) -> list[int]:
+        return row
+
+
+class Trainer(training.Trainer):
+    def make_task(self, config):
+        return Uneven(SEGMENT, 3)
+
+
+def chosen() -> dict[str, Case]:
+    """The baseline; the first variant of each memory; two with a shared state; both residual fusions."""
+    found = {case.name: case for case in cases()}
+    names = {
+        kind: next(n for n in found if n.startswith(kind) and n.endswith("per_layer")) for kind in MEMORIES
+    }
+    names |= {f"{kind}, shared": next(n for n in found if n.startswith(kind) and n.endswith("-shared"))
+              for kind in ("internal", "hds")}  # fmt: skip
+    names |= {f"ltm, {variant}": next(n for n in found if n.startswith("ltm") and n.endswith(variant))
+              for variant in ("residual_A", "residual_B")}  # fmt: skip
+    names["external, joint"] = next(
+        n for n in found if n.startswith("external-joint") and n.endswith("per_layer")
+    )
+    return {"baseline": BASELINE} | {name: found[full] for name, full in names.items()}
+
+
+def curve(case: Case, changes: dict[str, object], horizon: int | None, layers: int) -> list[list[float]]:
+    """Loss, accuracy, gradient norm and routers' loss of each step, and at last test loss and accuracy."""
+    options = {
+        "model.num_layers": layers,
+        "model.vocab_size": VOCAB + 1,  # even, to be divided by two
+        "training.batch_size": ROWS,
+        "training.gradient_accumulation_steps": 2,
+        "training.warmup_steps": 0,
+        "training.max_grad_norm": 1.0,
+        "training.horizon": horizon,
+        "training.weight_decay": 0.1,
+        "training.eval_examples": 8,
+    } | {f"training.{name}_lr": 0.01 for name in ("base_model", "memory", "gate")}
+    if case is not BASELINE and "memory_layer_custom" not in case.memory:
+        options["memory.memory_layer_placement"] = "all"
+    config = override(case.config(), options | {f"parallel.{k}": v for k, v in changes.items()})
+    trainer = Trainer(config)
+    found = []
+    for _ in range(STEPS):
+        record = trainer.train_step()
+        trainer.step += 1
+        found.append(
+            [record["loss"], record["accuracy"], record["grad_norm"], record.get("router_loss", 0.0)]
+        )
+    score = trainer.evaluate()
+    return [*found, [score.loss, score.accuracy, 0.0, 0.0]]
+
+
+def one_process(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    training.MemoryTransformer = lambda config: stir(MemoryTransformer(config))
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    results: dict[str, object] = {}
+    for name, case in chosen().items():
+        if world == 4 and name not in FEW:
+            continue
+        for layout, changes in LAYOUTS[world].items():
+            horizon = 1 if layout in ("fsdp", "gpipe") else None
+            layers = 4 if "interleaved" in layout else max(2, case.layers)
+            try:
+                got = curve(case, changes, horizon, layers)
+            except ConfigError as refused:
+                results[f"{name}: {layout}"] = str(refused)
+                continue
+            results[f"{name}: {layout}"] = {"got": got, "case": name, "horizon": horizon, "layers": layers}
+    if rank == 0:
+        Path(folder, "results.json").write_text(json.dumps(results), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def compare(folder: str) -> None:
+    """Add to each result its largest difference from one process."""
+    torch.set_default_dtype(torch.float64)
+    training.MemoryTransformer = lambda config: stir(MemoryTransformer(config))
+    results = json.loads(Path(folder, "results.json").read_text(encoding="utf-8"))
+    alone: dict[object, object] = {}
+    for result in results.values():
+        if isinstance(result, dict):
+            key = result["case"], result["horizon"], result["layers"]
+            if key not in alone:
+                alone[key] = curve(chosen()[key[0]], {}, *key[1:])
+            result["gap"] = float(np.abs(np.array(result["got"]) - np.array(alone[key])).max())
+    gaps = {name: result["gap"] if isinstance(result, dict) else result for name, result in results.items()}
+    Path(folder, "gaps.json").write_text(json.dumps(gaps), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    # Forked, so that torch is imported once.
+    world, folder = int(sys.argv[1]), sys.argv[2]
+    multiprocessing.start_processes(one_process, (world, folder), world, start_method="fork")
+    compare(folder)

@@ -1,0 +1,37 @@
+"""Every layout trains every memory like one process: loss, accuracy, gradient norm, evaluation."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+REFUSED = {  # a layout's name, a case's name -> why
+    ("1f1b", "chapters"): "adds a loss of the whole batch",
+    ("1f1b", "internal, shared"): "share a InternalMemory's state",
+    ("1f1b", "hds, shared"): "share a HdsMemory's state",
+    ("tensor", "external, joint"): "takes part in the attention",
+    ("tensor, sequence, loss", "external, joint"): "takes part in the attention",
+    ("fsdp x 1f1b", "chapters"): "adds a loss of the whole batch",
+    ("tensor x gpipe", "chapters"): "adds a loss of the whole batch",
+    ("interleaved x fsdp", "chapters"): "adds a loss of the whole batch",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_all_layouts_train_like_one_process(tmp_path, world):
+    command = [sys.executable, "-m", "tests.training.parallel.layouts", str(world), str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr[-3000:]
+    gaps = json.loads((tmp_path / "gaps.json").read_text(encoding="utf-8"))
+    assert len(gaps) >= {2: 70, 4: 15}[world]
+    for name, gap in gaps.items():
+        case, _, layout = name.partition(": ")
+        expected = REFUSED.get((layout, case))
+        if expected:
+            assert isinstance(gap, str) and expected in gap, (name, gap)
+        else:
+            assert isinstance(gap, float) and gap <= 1e-9, (name, gap)
