@@ -45,6 +45,7 @@ from memlib.training.optimizer import make_optimizer, make_schedule
 from memlib.training.parallel.apply import distribute, loss_of
 from memlib.training.parallel.gradients import clip, fill_missing
 from memlib.training.parallel.pipeline import Pipeline
+from memlib.training.parallel.precision import LossScale
 from memlib.training.parallel.ranks import join
 from memlib.training.resume import checkpoint_to_resume, progress_of, resume_checkpoint
 
@@ -82,6 +83,7 @@ class Trainer:
         self.model = distribute(MemoryTransformer(config).to(self.device), config.parallel, self.ranks)
         self.pipeline = self.model if isinstance(self.model, Pipeline) else None
         self.loss, self.correct = loss_of(config.parallel, self.ranks)
+        self.loss_scale = LossScale(config.parallel.mixed_precision)
         self.optimizer = make_optimizer(self.model, training)
         self.schedule = make_schedule(self.optimizer, training)
         self.step, self.cpu_seconds = 0, 0.0
@@ -155,14 +157,21 @@ class Trainer:
             batch_loss, batch_right, batch_routing = self.backward(batch, task, positions)
             loss, right, routing = loss + batch_loss, right + batch_right, routing + batch_routing
         loss, hits = self.ranks.sum([loss, right])
-        fill_missing(self.model.parameters())
-        norm = clip(self.model.parameters(), training.max_grad_norm or math.inf, self.ranks)
-        check_finite(loss, norm, self.step, self.model, self.optimizer, training.max_grad_norm, self.folder)
+        parameters = list(self.model.parameters())
+        fill_missing(parameters)
+        self.loss_scale.divide(parameters)
+        norm = clip(parameters, training.max_grad_norm or math.inf, self.ranks)
         rates = {f"lr_{g['name']}": g["lr"] for g in self.optimizer.param_groups}
-        self.optimizer.step()
+        if not self.loss_scale.overflowed(norm):
+            check_finite(
+                loss, norm, self.step, self.model, self.optimizer, training.max_grad_norm, self.folder
+            )
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         record = {"loss": loss, "accuracy": hits / positions, "grad_norm": norm, **rates}
+        if self.loss_scale.used:
+            record["loss_scale"] = self.loss_scale.value
         return record | ({"router_loss": routing} if routing else {})
 
     def backward(self, batch: Batch, task: Task, positions: int) -> tuple[float, int, float]:
@@ -177,13 +186,12 @@ class Trainer:
             state = self.model.reset(self.carried, batch.starts)
         loss, right, routing, length = 0.0, 0, 0.0, batch.tokens.shape[1]
         horizon = (self.config.training.horizon or task.segments) * task.segment_length
+        weight = self.ranks.data_size * self.loss_scale.value  # ranks' gradients are averaged
         for start in range(0, length, horizon):
             part = slice(start, start + horizon)
             if self.pipeline is not None:
-                scale = self.ranks.data_size / positions
-                state, more, hits = self.pipeline.learn(
-                    batch.tokens[:, part], batch.targets[:, part], batch.scored[:, part], state, scale
-                )
+                seen = batch.tokens[:, part], batch.targets[:, part], batch.scored[:, part]
+                state, more, hits = self.pipeline.learn(*seen, state, weight / positions)
                 loss, right = loss + more / positions, right + hits
                 continue
             output = self.model(batch.tokens[:, part], memory_state=state)
@@ -200,7 +208,7 @@ class Trainer:
                 loss += float(piece.detach())
                 right += self.correct(output.logits, *where)
             if total.requires_grad:
-                (total * self.ranks.data_size).backward()  # ranks' gradients are averaged
+                (total * weight).backward()
         self.carried = state if task.continues else None
         return loss, right, routing
 
