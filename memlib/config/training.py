@@ -41,8 +41,14 @@ class TrainingConfig:
     weight_decay: float = option(0.01, "AdamW weight decay, on matrices only", 0.0)
     max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down", 0.0)
     gradient_checkpointing: bool = option(
-        False, "save only each block's input and recompute the block in the backward pass"
+        False, "keep fewer activations and compute the others again in the backward pass"
     )
+    recompute: Literal["block", "mlp", "selective"] = option(
+        "block",
+        "with gradient_checkpointing, what is computed again. block: all but each block's input; mlp: the "
+        "feed-forward only; selective: all but the results of matrix products",
+    )
+    recompute_every: int = option(1, "with recompute: block, every n-th block, from the first on", 1)
     horizon: int | None = option(
         None, "segments that gradients flow back through the memory; null: the whole example", 1
     )

@@ -15,7 +15,7 @@ the graph that can be compiled or exported. The layers' bookkeeping is `memlib.m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import cast
 
@@ -23,14 +23,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from memlib.config import Config, get_memory_bank_assignments, get_memory_kinds
+from memlib.config import Config, TrainingConfig, get_memory_bank_assignments, get_memory_kinds
 from memlib.memory import MEMORIES
 from memlib.memory.base import zeros
 from memlib.memory.layer import LayerInput
 from memlib.models.block import BlockOutput, TransformerBlock
 from memlib.models.checks import check_inputs, check_state
+from memlib.models.recompute import recomputed
 from memlib.models.stack import MemoryStack
 from memlib.models.state import MemoryState, ModelOutput, Window
 from memlib.nn.attention import window_mask
@@ -171,7 +171,7 @@ class MemoryTransformer(nn.Module):
             mask,
             state,
             self.segment_length,
-            self.training and self.config.training.gradient_checkpointing,
+            self.config.training,
         )
         return self.head(self.norm(residual)), state, losses
 
@@ -202,12 +202,13 @@ def read_blocks(
     mask: Tensor | None,
     state: MemoryState,
     segment_length: int,
-    recompute: bool = False,
+    training: TrainingConfig,
 ) -> tuple[Tensor, MemoryState, Losses]:
     """Pass tokens of the open segment through some layers, and write their memories if they complete it.
 
     blocks: by layer, all or those of a pipeline's stage; stack: of their memories; residual: [b n d]; ids,
-    mask, state: as `MemoryTransformer.step` takes them; recompute: in the backward pass.
+    mask, state: as `MemoryTransformer.step` takes them; training: says what is computed again in the backward
+    pass.
     """
     past, n = state.window, ids.shape[1]
     all_real = mask is None and not past.length
@@ -229,10 +230,8 @@ def read_blocks(
                 latest=stack.at(layer, latest) if complete else None,
                 has_tokens=has_tokens,
             )
-        read: Callable[..., BlockOutput] = block
-        if recompute:
-            read = partial(checkpoint, block, use_reentrant=False)
-        output = read(residual, keys, values, allowed, inputs)
+        read = recomputed(block, layer, training)
+        output: BlockOutput = read(residual, keys, values, allowed, inputs)
         if inputs is not None and complete:
             stack.put(layer, latest, output.states)
         residual = output.residual

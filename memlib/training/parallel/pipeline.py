@@ -94,12 +94,11 @@ class Stage(nn.Module):
         state = MemoryState(tuple(state.rows(rows) for state in self.before), self.empty_window(rows))
         length, read = self.config.model.segment_length, []
         blocks = {int(layer): block for layer, block in self.blocks.items()}
-        recompute = self.training and self.config.training.gradient_checkpointing
         segments = ids.split(length, 1)
         for piece, tokens in zip(stream.chunk(len(segments), 1), segments, strict=True):
             residual = piece if self.embedding is None else self.embedding(piece)
             residual, state, _ = read_blocks(
-                blocks, self.stack, residual, tokens, None, state, length, recompute
+                blocks, self.stack, residual, tokens, None, state, length, self.config.training
             )
             if self.norm is not None and self.head is not None:
                 residual = self.head(self.norm(residual))
