@@ -35,6 +35,7 @@ from memlib.models.stack import MemoryStack
 from memlib.models.state import MemoryState, ModelOutput, Window
 from memlib.nn.attention import window_mask
 from memlib.nn.linear import Embedding, Linear, initialise
+from memlib.nn.noise import Noise
 from memlib.nn.norm import RMSNorm
 
 Losses = list[dict[str, Tensor]]
@@ -129,21 +130,28 @@ class MemoryTransformer(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         memory_state: MemoryState | None = None,
+        noise: Noise | None = None,
     ) -> ModelOutput:
         """input_ids: [b t] of any length; attention_mask: [b t], 0 for padding, left or right;
-        labels: [b t] as in transformers (the same ids, shifted here, -100 ignored).
+        labels: [b t] as in transformers (the same ids, shifted here, -100 ignored); noise: of these rows, for
+        dropout that does not depend on how a batch is divided.
 
         Raises ValueError where shapes, ids or the state do not fit.
         """
         self.check(input_ids, attention_mask, labels, memory_state)
         state = memory_state or self.init_state(input_ids.shape[0])
         mask = None if attention_mask is None else attention_mask.bool()
-        logits, start = [], 0
+        logits, start = list[Tensor](), 0
         losses: Losses = []
         while start < input_ids.shape[1]:
             stop = min(start + self.segment_length - state.window.length, input_ids.shape[1])
             part = slice(start, stop)
-            new, state, more = self.step(input_ids[:, part], None if mask is None else mask[:, part], state)
+            new, state, more = self.step(
+                input_ids[:, part],
+                None if mask is None else mask[:, part],
+                state,
+                None if noise is None else noise.at(segment=len(logits)),
+            )
             losses += more
             logits.append(new)
             start = stop
@@ -155,7 +163,7 @@ class MemoryTransformer(nn.Module):
         return ModelOutput(joined, state, loss, mean_by_name(losses))
 
     def step(
-        self, ids: Tensor, mask: Tensor | None, state: MemoryState
+        self, ids: Tensor, mask: Tensor | None, state: MemoryState, noise: Noise | None = None
     ) -> tuple[Tensor, MemoryState, Losses]:
         """Read tokens up to the end of the open segment, and write it if they complete it.
 
@@ -172,6 +180,7 @@ class MemoryTransformer(nn.Module):
             state,
             self.segment_length,
             self.config.training,
+            noise,
         )
         return self.head(self.norm(residual)), state, losses
 
@@ -203,6 +212,7 @@ def read_blocks(
     state: MemoryState,
     segment_length: int,
     training: TrainingConfig,
+    noise: Noise | None = None,
 ) -> tuple[Tensor, MemoryState, Losses]:
     """Pass tokens of the open segment through some layers, and write their memories if they complete it.
 
@@ -231,7 +241,8 @@ def read_blocks(
                 has_tokens=has_tokens,
             )
         read = recomputed(block, layer, training)
-        output: BlockOutput = read(residual, keys, values, allowed, inputs)
+        own = None if noise is None else noise.at(noise.segment, layer)
+        output: BlockOutput = read(residual, keys, values, allowed, inputs, own)
         if inputs is not None and complete:
             stack.put(layer, latest, output.states)
         residual = output.residual

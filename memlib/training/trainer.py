@@ -30,6 +30,7 @@ from memlib.config import (
 )
 from memlib.evaluation import Score, evaluate
 from memlib.models import MemoryState, MemoryTransformer
+from memlib.nn.noise import Noise
 from memlib.tasks import Batch, Task, make_task
 from memlib.training.checkpoint import (
     CheckpointError,
@@ -153,8 +154,8 @@ class Trainer:
         ]
         positions = sum(int(batch.scored.sum()) for batch in batches)
         loss, right, routing = 0.0, 0, 0.0
-        for batch in batches:
-            batch_loss, batch_right, batch_routing = self.backward(batch, task, positions)
+        for number, batch in enumerate(batches, self.step * count):
+            batch_loss, batch_right, batch_routing = self.backward(batch, task, positions, number)
             loss, right, routing = loss + batch_loss, right + batch_right, routing + batch_routing
         loss, hits = self.ranks.sum([loss, right])
         parameters = list(self.model.parameters())
@@ -174,13 +175,14 @@ class Trainer:
             record["loss_scale"] = self.loss_scale.value
         return record | ({"router_loss": routing} if routing else {})
 
-    def backward(self, batch: Batch, task: Task, positions: int) -> tuple[float, int, float]:
-        """Accumulate the gradients of this rank's rows of a batch, part by part.
+    def backward(self, batch: Batch, task: Task, positions: int, number: int) -> tuple[float, int, float]:
+        """Accumulate the gradients of this rank's rows of batch `number`, part by part.
 
         Returns their share of the loss, the number of correct predictions, and the batch's share of the
         routers' losses, which are added for the gradient and reported separately.
         """
-        whole, batch = batch, batch.rows(self.ranks.rows(len(batch.starts))).to(self.device)
+        rows = self.ranks.rows(len(batch.starts))
+        whole, batch = batch, batch.rows(rows).to(self.device)
         state = None
         if task.continues and self.carried is not None:
             state = self.model.reset(self.carried, batch.starts)
@@ -188,13 +190,13 @@ class Trainer:
         horizon = (self.config.training.horizon or task.segments) * task.segment_length
         weight = self.ranks.data_size * self.loss_scale.value  # ranks' gradients are averaged
         for start in range(0, length, horizon):
-            part = slice(start, start + horizon)
+            part, noise = slice(start, start + horizon), self.noise(number, start, rows)
             if self.pipeline is not None:
                 seen = batch.tokens[:, part], batch.targets[:, part], batch.scored[:, part]
-                state, more, hits = self.pipeline.learn(*seen, state, weight / positions)
+                state, more, hits = self.pipeline.learn(*seen, state, weight / positions, noise)
                 loss, right = loss + more / positions, right + hits
                 continue
-            output = self.model(batch.tokens[:, part], memory_state=state)
+            output = self.model(batch.tokens[:, part], memory_state=state, noise=noise)
             state = output.memory_state.detach()
             where = batch.targets[:, part], batch.scored[:, part]
             total = output.logits.new_zeros(())
@@ -211,6 +213,13 @@ class Trainer:
                 (total * weight).backward()
         self.carried = state if task.continues else None
         return loss, right, routing
+
+    def noise(self, number: int, start: int, rows: slice) -> Noise | None:
+        """The dropout of some rows in batch `number` from a token on; None without dropout."""
+        if not self.config.model.dropout:
+            return None
+        numbers = torch.arange(rows.start, rows.stop, device=self.device)
+        return Noise.of(self.config.training.seed, number, start, numbers)
 
     def make_task(self, config: TaskConfig) -> Task:
         """Build a task; raises ConfigError if its vocabulary is too large, ValueError for too few data."""

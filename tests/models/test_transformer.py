@@ -307,7 +307,7 @@ def recomputing(options):
     torch.manual_seed(0)
     model = stir(MemoryTransformer(override(case.config(), changes)).double()).train()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        output = model(ids(8, 12), labels=ids(8, 12))
+        output = model(ids(8, 8), labels=ids(8, 8))
         output.loss.backward()
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = list(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))

@@ -83,19 +83,21 @@ def chosen() -> dict[str, Case]:
     return {"baseline": BASELINE} | {name: found[full] for name, full in names.items()}
 
 
-def curve(case: Case, changes: dict[str, object], horizon: int | None, layers: int) -> list[list[float]]:
+def curve(case: Case, changes: dict[str, object], options: dict[str, object]) -> list[list[float]]:
     """Loss, accuracy, gradient norm and routers' loss of each step, and at last test loss and accuracy."""
-    options = {
-        "model.num_layers": layers,
-        "model.vocab_size": VOCAB + 1,  # even, to be divided by two
-        "training.batch_size": ROWS,
-        "training.gradient_accumulation_steps": 2,
-        "training.warmup_steps": 0,
-        "training.max_grad_norm": 1.0,
-        "training.horizon": horizon,
-        "training.weight_decay": 0.1,
-        "training.eval_examples": 8,
-    } | {f"training.{name}_lr": 0.01 for name in ("base_model", "memory", "gate")}
+    options = (
+        options
+        | {
+            "model.vocab_size": VOCAB + 1,  # even, to be divided by two
+            "training.batch_size": ROWS,
+            "training.gradient_accumulation_steps": 2,
+            "training.warmup_steps": 0,
+            "training.max_grad_norm": 1.0,
+            "training.weight_decay": 0.1,
+            "training.eval_examples": 8,
+        }
+        | {f"training.{name}_lr": 0.01 for name in ("base_model", "memory", "gate")}
+    )
     if case is not BASELINE and "memory_layer_custom" not in case.memory:
         options["memory.memory_layer_placement"] = "all"
     config = override(case.config(), options | {f"parallel.{k}": v for k, v in changes.items()})
@@ -122,14 +124,17 @@ def one_process(rank: int, world: int, folder: str) -> None:
         if world == 4 and name not in FEW:
             continue
         for layout, changes in LAYOUTS[world].items():
-            horizon = 1 if layout in ("fsdp", "gpipe") else None
-            layers = 4 if "interleaved" in layout else max(2, case.layers)
+            options = {
+                "training.horizon": 1 if layout in ("fsdp", "tensor x gpipe") else None,
+                "model.num_layers": 4 if "interleaved" in layout else max(2, case.layers),
+                "model.dropout": 0.2 if layout in ("ddp", "1f1b", "fsdp x 1f1b", "tensor x gpipe") else 0.0,
+            }
             try:
-                got = curve(case, changes, horizon, layers)
+                got = curve(case, changes, options)
             except ConfigError as refused:
                 results[f"{name}: {layout}"] = str(refused)
                 continue
-            results[f"{name}: {layout}"] = {"got": got, "case": name, "horizon": horizon, "layers": layers}
+            results[f"{name}: {layout}"] = {"got": got, "case": name, "options": options}
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(results), encoding="utf-8")
     dist.destroy_process_group()
@@ -143,9 +148,9 @@ def compare(folder: str) -> None:
     alone: dict[object, object] = {}
     for result in results.values():
         if isinstance(result, dict):
-            key = result["case"], result["horizon"], result["layers"]
+            key = result["case"], json.dumps(result["options"])
             if key not in alone:
-                alone[key] = curve(chosen()[key[0]], {}, *key[1:])
+                alone[key] = curve(chosen()[key[0]], {}, result["options"])
             result["gap"] = float(np.abs(np.array(result["got"]) - np.array(alone[key])).max())
     gaps = {name: result["gap"] if isinstance(result, dict) else result for name, result in results.items()}
     Path(folder, "gaps.json").write_text(json.dumps(gaps), encoding="utf-8")
