@@ -54,7 +54,7 @@ def measure_all(log: Callable[[str], None] = print) -> list[Speed]:
     try:
         for name, streams in SETTINGS:
             results.append(measure(load_config(name), name, streams))
-            log(f"{name}, {streams} streams: {results[-1].compiled / results[-1].eager:.2f} times as fast")
+            log(f"{name}, batch of {streams}: {results[-1].compiled / results[-1].eager:.2f} times as fast")
     finally:
         torch.set_num_threads(threads)
     return results
