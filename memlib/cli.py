@@ -412,9 +412,10 @@ def export(arguments: argparse.Namespace) -> int:
     model = load_model(arguments.folder).cpu()
     torch.set_num_threads(model.config.training.num_threads)
     path = export_model(model, arguments.out or Path(arguments.folder, "model.pt2"), arguments.batch_size)
+    size, n = path.stat().st_size / 1e6, model.segment_length
+    print(f"{path}: {size:.1f} MB; reads segments of {n} tokens, batch size {arguments.batch_size}")
     print(
-        f"{path}: {path.stat().st_size / 1e6:.1f} MB, {arguments.batch_size} stream(s), segments of "
-        f'{model.segment_length} tokens\nwithout memlib: torch._inductor.aoti_load_package("{path}"); '
+        f'load it without memlib: torch._inductor.aoti_load_package("{path}"); '
         "examples/export has programs in Python and C++ that read it"
     )
     return 0

@@ -242,6 +242,20 @@ def test_a_failed_export_leaves_the_old_package(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["core.pt2"] and path.read_text() == "old"
 
 
+def test_the_command_says_how_to_load_the_package(tmp_path, monkeypatch, capsys):
+    def write(model, path, batch_size):
+        path.write_bytes(bytes(1_500_000))
+        return path
+
+    monkeypatch.setattr(export, "export_model", write)
+    monkeypatch.setattr("memlib.training.trainer.load_model", lambda folder: tiny("baseline"))
+    assert main(["export", str(tmp_path), "--batch-size", "3"]) == 0
+    path = tmp_path / "model.pt2"
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"{path}: 1.5 MB; reads segments of {SEGMENT} tokens, batch size 3"
+    assert f'torch._inductor.aoti_load_package("{path}")' in second and "examples/export" in second
+
+
 def test_the_command_refuses_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for words, said in (
