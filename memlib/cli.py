@@ -31,6 +31,7 @@ EPILOG = """examples:
   memlib generate runs/notes --prompt "def " --temperature 0.8 --stream
   memlib generate runs/notes --prompt "Ann: " --state ann.safetensors    keep memory from call to call
   memlib generate adapter_smollm2 --prompt "What is the capital of France?"
+  memlib export runs/notes                           compile the model, for programs without memlib
   memlib table recall                                train, measure and print a whole table
   memlib compress runs/topics_routed                 bytes and accuracy of a bank, by rank and bits
   memlib retrieval --keys 1024 65536                 latency and recall of each index
@@ -106,6 +107,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--download", action="store_true", help="allow fetching a pretrained model")
     command.set_defaults(run=generate)
 
+    command = commands.add_parser("export", help="compile a trained run's model for programs without memlib")
+    command.add_argument("folder", help="folder of a run")
+    command.add_argument("--out", type=Path, help="package to write (default: FOLDER/model.pt2)")
+    command.add_argument("--batch-size", type=int, default=1, help="number of streams read in parallel")
+    command.set_defaults(run=export)
+
     command = commands.add_parser("table", help="train and measure all runs of a published table")
     command.add_argument(
         "name",
@@ -167,9 +174,11 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", type=Path, help="also write the results here")
     command.set_defaults(run=stream)
 
-    command = commands.add_parser("bench", help="speed of the kernels; how time and memory grow")
+    command = commands.add_parser("bench", help="speed of kernels and exports; how time and memory grow")
     command.add_argument(
-        "name", choices=["kernels", "complexity"], help="kernels: beside their peers; complexity: exponents"
+        "name",
+        choices=["kernels", "complexity", "compiled"],
+        help="kernels: beside their peers; complexity: exponents; compiled: exports beside their models",
     )
     command.add_argument("--json", type=Path, help="also write the results here")
     command.set_defaults(run=bench)
@@ -387,6 +396,31 @@ def speaker(arguments: argparse.Namespace) -> tuple[Any, Tokenizer, Callable[[st
     return adapter, tokenizer, lambda text, goes_on: tokenizer.prompt(text, chat, goes_on)
 
 
+def export(arguments: argparse.Namespace) -> int:
+    from memlib.pretrained.runs import adapter_config
+
+    if adapter_config(arguments.folder) is not None:
+        raise ValueError(
+            f"{arguments.folder}: is an adapter, and the layers of its base are transformers' own code, run "
+            "through hooks; only models that memlib trains from scratch can be exported"
+        )
+    import torch
+
+    from memlib.inference.export import export_model
+    from memlib.training.trainer import load_model
+
+    model = load_model(arguments.folder).cpu()
+    torch.set_num_threads(model.config.training.num_threads)
+    path = export_model(model, arguments.out or Path(arguments.folder, "model.pt2"), arguments.batch_size)
+    size, n = path.stat().st_size / 1e6, model.segment_length
+    print(f"{path}: {size:.1f} MB; reads segments of {n} tokens, batch size {arguments.batch_size}")
+    print(
+        f'load it without memlib: torch._inductor.aoti_load_package("{path}"); '
+        "examples/export has programs in Python and C++ that read it"
+    )
+    return 0
+
+
 def table(arguments: argparse.Namespace) -> int:
     from memlib.experiments.comparison import compare, summary, to_markdown, write_json
     from memlib.experiments.studies import LENGTHS, MEASURES, PREPARED, named_comparison
@@ -409,14 +443,15 @@ def bench(arguments: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from memlib.evaluation import complexity
+    from memlib.evaluation import compiled, complexity
     from memlib.files import write_text
     from memlib_kernels import bench as kernels
 
     def log(line: str) -> None:
         print(line, file=sys.stderr)
 
-    part: Any = kernels if arguments.name == "kernels" else complexity
+    parts: dict[str, Any] = {"kernels": kernels, "complexity": complexity, "compiled": compiled}
+    part = parts[arguments.name]
     results = part.measure_all(log=log)
     print(part.to_table(results))
     if arguments.json:

@@ -443,16 +443,19 @@ def test_a_table_whose_runs_are_all_there_is_only_printed(tmp_path, capsys):
 
 
 def test_benchmarks_are_printed_and_stored(tmp_path, capsys, monkeypatch):
-    from memlib.evaluation import complexity
+    from memlib.evaluation import compiled, complexity
     from memlib_kernels import bench
 
     one = complexity.Exponent("read", "O(m)", "time", "m", 1.0, 0.9, 0.1, [1, 2], [1.0, 2.0])
     monkeypatch.setattr(complexity, "measure_all", lambda log: [one])
     timing = bench.Timing("read", "torch", "forward", 1.0, 2.0, 2.0)
     monkeypatch.setattr(bench, "measure_all", lambda log: [timing])
+    speed = compiled.Speed("read", 1, 16, 9.0, 2000.0, 5000.0, 0.0)
+    monkeypatch.setattr(compiled, "measure_all", lambda log: [speed])
     for name, row in (
         ("complexity", "| 1 | 0.90 ± 0.10 |"),
         ("kernels", "| 1.00 | torch | 2.00 | 2.00 | – |"),
+        ("compiled", "| read | 1 | 16 | 9.0 | 2,000 | 5,000 | 2.50 |"),
     ):
         target = tmp_path / f"{name}.json"
         assert main(["bench", name, "--json", str(target)]) == 0
