@@ -117,7 +117,8 @@ class Trainer:
         end = training.max_steps if until is None else min(until, training.max_steps)
         log = None
         if self.folder and self.ranks.main:
-            save_config(self.config, self.folder / "config.yaml")  # of what goes on from here
+            if self.step:  # resumed, maybe with other training options
+                save_config(self.config, self.folder / "config.yaml")
             log = RunLog(self.folder, self.step)
         bar = tqdm(
             total=end,
