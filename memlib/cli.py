@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,11 +46,18 @@ EPILOG = """examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; an error that the user can fix is printed as one line, with exit status 2."""
+    """Run a command; an error that the user can fix is printed as one line, with exit status 2.
+
+    Training that a signal stopped has exit status 128 + the signal's number.
+    """
     parser = build_parser()
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
+    except KeyboardInterrupt as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"memlib: {stopped or 'stopped'}", file=sys.stderr)
+        return getattr(stopped, "exit_status", 130)
     except (ConfigError, ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"memlib: {error}", file=sys.stderr)
         return 2
@@ -74,6 +82,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--download", action="store_true", help="allow fetching a pretrained model and its data from the hub"
     )
     command.set_defaults(run=train)
+
+    command = commands.add_parser(
+        "consolidate", help="write a run of several processes as one of one process"
+    )
+    command.add_argument("folder", type=Path, metavar="RUN", help="folder of the run")
+    command.add_argument("--out", type=Path, required=True, help="folder of the new run")
+    command.set_defaults(run=consolidate)
 
     command = commands.add_parser("eval", help="measure the accuracy of trained runs")
     command.add_argument("runs", nargs="+", type=Path, help="folders of runs, or of their seeds")
@@ -247,6 +262,13 @@ def train(arguments: argparse.Namespace) -> int:
             f"{folder}: {trainer.step} steps, {trainer.cpu_seconds:.1f} CPU-s, test accuracy "
             f"{score.accuracy:.4f} (chance {score.chance:.4f}), loss {score.loss:.4f}"
         )
+    return 0
+
+
+def consolidate(arguments: argparse.Namespace) -> int:
+    from memlib.training.trainer import consolidate as write
+
+    print(write(arguments.folder, arguments.out) / "model.safetensors")
     return 0
 
 

@@ -58,5 +58,10 @@ class TrainingConfig:
     eval_examples: int = option(512, "examples in an evaluation", 1)
     save_steps: int = option(500, "steps between two checkpoints", 1)
     keep_checkpoints: int = option(2, "checkpoints kept", 1)
+    async_save: bool = option(
+        False,
+        "on several processes: write checkpoints in a thread while training goes on, from a copy in the main "
+        "memory",
+    )
     num_threads: int = option(1, "torch threads; 1 is fastest on a small shared machine", 1)
     device: str = option("cpu", "cpu, cuda, cuda:1, …")

@@ -13,15 +13,18 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tqdm.auto import tqdm
 
 from memlib.config import (
     Config,
     ConfigError,
+    ParallelConfig,
     TaskConfig,
     load_config,
     override,
@@ -37,6 +40,8 @@ from memlib.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
+    random_state,
+    restore_random_state,
     save_checkpoint,
     set_seed,
 )
@@ -44,13 +49,15 @@ from memlib.training.divergence import TrainingDiverged, check_finite
 from memlib.training.log import RunLog
 from memlib.training.optimizer import make_optimizer, make_schedule
 from memlib.training.parallel.apply import distribute, loss_of
+from memlib.training.parallel.checkpoint import Saver, collect
 from memlib.training.parallel.gradients import clip, fill_missing
 from memlib.training.parallel.pipeline import Pipeline
 from memlib.training.parallel.precision import LossScale
 from memlib.training.parallel.ranks import join
-from memlib.training.resume import checkpoint_to_resume, progress_of, resume_checkpoint
+from memlib.training.resume import checkpoint_to_resume, progress_of, refill, resume_checkpoint
+from memlib.training.stopping import StopSignals, TrainingStopped
 
-__all__ = ["Trainer", "TrainingDiverged", "load_model", "load_run"]
+__all__ = ["Trainer", "TrainingDiverged", "TrainingStopped", "consolidate", "load_model", "load_run"]
 
 
 class Trainer:
@@ -90,6 +97,7 @@ class Trainer:
         self.step, self.cpu_seconds = 0, 0.0
         self.carried: MemoryState | None = None
         self.folder = Path(folder) if folder is not None else None
+        self.saver = Saver(self.ranks, training.async_save)
         if self.folder is not None:
             self.open_folder(self.folder, resume)
 
@@ -103,11 +111,16 @@ class Trainer:
     ) -> dict[str, float]:
         """Train up to step `until` (default: the configured end); returns the last log record.
 
-        `on_step(step, record)` is called after each step; if it returns false, training ends.
+        `on_step(step, record)` is called after each step; if it returns false, training ends. With a folder,
+        Ctrl-C and SIGTERM to any process end it after a step, save, and raise TrainingStopped on all.
         """
         training, record = self.config.training, {}
         end = training.max_steps if until is None else min(until, training.max_steps)
-        log = RunLog(self.folder, self.step) if self.folder and self.ranks.main else None
+        log = None
+        if self.folder and self.ranks.main:
+            if self.step:  # resumed, maybe with other training options
+                save_config(self.config, self.folder / "config.yaml")
+            log = RunLog(self.folder, self.step)
         bar = tqdm(
             total=end,
             initial=self.step,
@@ -115,11 +128,16 @@ class Trainer:
             unit="step",
             mininterval=0.5,
         )
-        try:
+        with bar, log or nullcontext(), StopSignals(self.folder is not None) as signals:
             while self.step < end and not self.out_of_time():
                 before = time.process_time()
                 record = self.train_step()
-                self.cpu_seconds += self.ranks.sum([time.process_time() - before])[0]
+                spent = self.cpu_seconds + self.ranks.sum([time.process_time() - before])[0]
+                self.cpu_seconds, signal, failed = self.ranks.most(
+                    [spent, signals.received, self.saver.failed]
+                )
+                if failed:
+                    self.saver.wait()
                 self.step += 1
                 bar.update()
                 last = self.step == end or self.out_of_time()
@@ -127,19 +145,25 @@ class Trainer:
                     bar.set_postfix(loss=f"{record['loss']:.3f}", accuracy=f"{record['accuracy']:.3f}")
                     if log:
                         log.write(self.step, cpu_seconds=self.cpu_seconds, **record)
-                if self.folder and (self.step % training.save_steps == 0 or last):
+                if self.folder and (self.step % training.save_steps == 0 or last or signal):
                     self.save()
+                self.stop_if(signal)
                 if self.folder and (self.step % training.eval_steps == 0 or last):
                     score = self.evaluate()
                     if log:
                         log.write(self.step, test_accuracy=score.accuracy, test_loss=score.loss)
                 if on_step is not None and not on_step(self.step, record):
                     break
-        finally:
-            bar.close()
-            if log:
-                log.__exit__(None, None, None)
+            self.saver.wait()
+            self.stop_if(self.ranks.most([signals.received])[0])
         return record
+
+    def stop_if(self, signal: float) -> None:
+        """Save and raise TrainingStopped if there was a signal; 0: none."""
+        if signal:
+            path = self.save()
+            self.saver.wait()
+            raise TrainingStopped(int(signal), self.step, path)
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns loss, accuracy, gradient norm, rates and the routers' loss, if any."""
@@ -260,7 +284,8 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         if found is not None:
             self.load(found)
-        save_config(self.config, folder / "config.yaml")
+        elif self.ranks.main:
+            save_config(self.config, folder / "config.yaml")
 
     def save(self) -> Path:
         """Write a checkpoint of the current step and delete the oldest ones."""
@@ -268,9 +293,16 @@ class Trainer:
             raise ValueError("this trainer has no folder to save in: use Trainer(config, folder=…)")
         progress = progress_of(self.step, self.cpu_seconds, self.schedule, self.config)
         path = self.folder / "checkpoints" / f"step-{self.step:07d}"
-        if not path.exists():
-            save_checkpoint(self.model, path, self.optimizer, self.carried, progress)
-        prune_checkpoints(self.folder, self.config.training.keep_checkpoints)
+        keep = self.config.training.keep_checkpoints
+        self.saver.wait()
+        if not self.ranks.gather(path.exists())[0]:
+            if self.ranks.mesh is None:
+                save_checkpoint(self.model, path, self.optimizer, self.carried, progress)
+            else:
+                tensors = collect(self.model, self.optimizer, self.carried, self.ranks)
+                self.saver.save(tensors, progress, path, keep)
+        if self.ranks.mesh is None:
+            prune_checkpoints(self.folder, keep)
         return path
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -279,7 +311,13 @@ class Trainer:
         If they change the position of a text's rows, the memory starts from an empty state.
         """
         progress, memory = resume_checkpoint(
-            Path(path), self.model, self.optimizer, self.schedule, self.config, ("model", "memory", "task")
+            Path(path),
+            self.model,
+            self.optimizer,
+            self.schedule,
+            self.config,
+            ("model", "memory", "task"),
+            self.ranks,
         )
         self.step, self.cpu_seconds = progress["step"], progress["cpu_seconds"]
         saved, mine = progress["config"], to_dict(self.config)
@@ -288,17 +326,21 @@ class Trainer:
         if memory is not None and all(
             saved["training"][name] == mine["training"][name] for name in data_position
         ):
-            template = self.model.init_state(self.config.training.batch_size)
-            self.carried = template.load(memory).to(self.device)
+            rows = self.ranks.rows(self.config.training.batch_size)
+            template = self.model.init_state(rows.stop - rows.start)
+            self.carried = refill(template, memory).to(self.device)
 
 
 def load_run(folder: str | os.PathLike[str]) -> Trainer:
-    """Open a trained run from its folder at its newest checkpoint.
+    """Open a trained run from its folder at its newest checkpoint; one process opens any run.
 
     Raises CheckpointError if the folder holds no checkpoint.
     """
     newest_checkpoint(folder)
-    return Trainer(load_config(Path(folder, "config.yaml")), folder, resume=True)
+    config = load_config(Path(folder, "config.yaml"))
+    if os.environ.get("WORLD_SIZE", "1") == "1" and not dist.is_initialized():
+        config.parallel = ParallelConfig(mixed_precision=config.parallel.mixed_precision)
+    return Trainer(config, folder, resume=True)
 
 
 def load_model(folder: str | os.PathLike[str]) -> MemoryTransformer:
@@ -310,6 +352,26 @@ def load_model(folder: str | os.PathLike[str]) -> MemoryTransformer:
     model = MemoryTransformer(config)
     load_checkpoint(path, model)
     return model.to(config.training.device).eval()
+
+
+def consolidate(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
+    """Write a run's newest checkpoint as a run of one process, which holds the model in one safetensors file.
+
+    Returns the new checkpoint's folder. Raises CheckpointError if the run has none, FileExistsError if `out`
+    already holds a run.
+    """
+    path, config = newest_checkpoint(run), load_config(Path(run, "config.yaml"))
+    checkpoint_to_resume(Path(out), resume=False)
+    model = MemoryTransformer(config)
+    optimizer = make_optimizer(model, config.training)
+    before = random_state()
+    try:
+        progress, memory = load_checkpoint(path, model, optimizer, restore_random=True)
+        state = None if memory is None else refill(model.init_state(config.training.batch_size), memory)
+        save_config(config, Path(out, "config.yaml"))
+        return save_checkpoint(model, Path(out, "checkpoints", path.name), optimizer, state, progress)
+    finally:
+        restore_random_state(*before)
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> Path:
