@@ -292,6 +292,7 @@ class Trainer:
         if self.folder is None:
             raise ValueError("this trainer has no folder to save in: use Trainer(config, folder=…)")
         progress = progress_of(self.step, self.cpu_seconds, self.schedule, self.config)
+        progress["loss_scale"] = [self.loss_scale.value, self.loss_scale.good_steps]
         path = self.folder / "checkpoints" / f"step-{self.step:07d}"
         keep = self.config.training.keep_checkpoints
         self.saver.wait()
@@ -320,6 +321,8 @@ class Trainer:
             self.ranks,
         )
         self.step, self.cpu_seconds = progress["step"], progress["cpu_seconds"]
+        if self.loss_scale.used and progress.get("loss_scale", [1])[0] > 1:  # a run in float32 has none
+            self.loss_scale.value, self.loss_scale.good_steps = progress["loss_scale"]
         saved, mine = progress["config"], to_dict(self.config)
         data_position = ("seed", "batch_size", "gradient_accumulation_steps")
         self.carried = None

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
-
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401, imported once, before the forks
 
 from memlib.config import Config, override

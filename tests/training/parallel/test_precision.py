@@ -1,4 +1,4 @@
-"""bf16 and fp16 train like float32 in every layout; an overflow on one process stops no run and changes none."""
+"""bf16 and fp16 train like float32 in every layout; an overflow on one process is left out by all."""
 
 import json
 import subprocess
