@@ -25,12 +25,16 @@ class Batch:
     targets: [b t] int64, the token after each position
     scored:  [b t] bool, positions that count for loss and accuracy
     starts:  [b] bool, rows that begin a new document; their memory must be reset first
+    mask:    [b t] bool, false for padding; None if there is none
+    fresh:   [b s] bool, segments with which a row begins a new document; None if only `starts` says so
     """
 
     tokens: Tensor
     targets: Tensor
     scored: Tensor
     starts: Tensor
+    mask: Tensor | None = None
+    fresh: Tensor | None = None
 
     @classmethod
     def of(cls, stream: np.ndarray, scored: np.ndarray, starts: np.ndarray) -> Batch:
@@ -45,11 +49,20 @@ class Batch:
 
     def rows(self, which: slice) -> Batch:
         """Some of the rows."""
-        return Batch(*(part[which] for part in vars(self).values()))
+        return Batch(*(None if part is None else part[which] for part in vars(self).values()))
 
     def to(self, device: str | torch.device) -> Batch:
         """The same batch on a device."""
-        return Batch(*(part.to(device) for part in vars(self).values()))
+        return Batch(*(None if part is None else part.to(device) for part in vars(self).values()))
+
+    def borders(self, part: slice, segment_length: int) -> dict[str, Tensor]:
+        """What a model is told of some of the tokens, whole segments, besides their ids."""
+        found = {}
+        if self.mask is not None:
+            found["attention_mask"] = self.mask[:, part]
+        if self.fresh is not None:
+            found["fresh"] = self.fresh[:, part.start // segment_length : -(-part.stop // segment_length)]
+        return found
 
 
 class Task(ABC):

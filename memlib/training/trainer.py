@@ -186,7 +186,8 @@ class Trainer:
                 )
                 loss, right = loss + more / positions, right + hits
                 continue
-            output = self.model(batch.tokens[:, part], memory_state=state)
+            more = batch.borders(part, task.segment_length)
+            output = self.model(batch.tokens[:, part], memory_state=state, **more)
             state = output.memory_state.detach()
             where = batch.targets[:, part], batch.scored[:, part]
             total = output.logits.new_zeros(())
