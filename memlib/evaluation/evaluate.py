@@ -53,7 +53,8 @@ def evaluate(
                 state = model.reset(state, batch.starts)
             for piece in range(0, batch.tokens.shape[1], task.segment_length):
                 part = slice(piece, piece + task.segment_length)
-                output = model(batch.tokens[:, part], memory_state=state if memory else None)
+                more = batch.borders(part, task.segment_length)
+                output = model(batch.tokens[:, part], memory_state=state if memory else None, **more)
                 state = output.memory_state
                 where = batch.targets[:, part], batch.scored[:, part]
                 right += correct(output.logits, *where)

@@ -36,6 +36,24 @@ def check_inputs(
             )
 
 
+def check_fresh(fresh: Tensor, shape: torch.Size, open_tokens: int, segment_length: int) -> None:
+    """Raise ValueError unless `fresh` has one boolean for each row and each segment that begins in a call.
+
+    shape: of the call's ids; open_tokens: in the segment that the call completes first, 0 if none is open.
+    """
+    rows, tokens = shape
+    to_come = tokens - -open_tokens % segment_length
+    segments = max(0, -(-to_come // segment_length))
+    if fresh.dtype != torch.bool or fresh.shape != (rows, segments):
+        inside = (
+            f", after {open_tokens} tokens of a segment that an earlier call began," if open_tokens else ""
+        )
+        raise ValueError(
+            f"fresh is {fresh.dtype} of shape {list(fresh.shape)}: {tokens} tokens{inside} begin {segments} "
+            f"segments of {segment_length}; pass booleans [{rows}, {segments}], true where a document begins"
+        )
+
+
 def check_state(model: RecurrentModel, state: object, rows: int, wide: torch.dtype) -> None:
     """Raise ValueError unless a state is one of this model's, for that many rows.
 

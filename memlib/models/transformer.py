@@ -29,7 +29,7 @@ from memlib.memory import MEMORIES
 from memlib.memory.base import zeros
 from memlib.memory.layer import LayerInput
 from memlib.models.block import BlockOutput, TransformerBlock
-from memlib.models.checks import check_inputs, check_state
+from memlib.models.checks import check_fresh, check_inputs, check_state
 from memlib.models.recompute import recomputed
 from memlib.models.stack import MemoryStack
 from memlib.models.state import MemoryState, ModelOutput, Window
@@ -131,21 +131,29 @@ class MemoryTransformer(nn.Module):
         labels: Tensor | None = None,
         memory_state: MemoryState | None = None,
         noise: Noise | None = None,
+        fresh: Tensor | None = None,
     ) -> ModelOutput:
         """input_ids: [b t] of any length; attention_mask: [b t], 0 for padding, left or right;
         labels: [b t] as in transformers (the same ids, shifted here, -100 ignored); noise: of these rows, for
-        dropout that does not depend on how a batch is divided.
+        dropout that does not depend on how a batch is divided; fresh: [b s], true where a row's document
+        begins with one of the s segments that begin in this call, so that the row is `reset` before it. A
+        segment left open by an earlier call does not begin in this one.
 
         Raises ValueError where shapes, ids or the state do not fit.
         """
         self.check(input_ids, attention_mask, labels, memory_state)
         state = memory_state or self.init_state(input_ids.shape[0])
         mask = None if attention_mask is None else attention_mask.bool()
+        if fresh is not None:
+            check_fresh(fresh, input_ids.shape, state.window.length, self.segment_length)
+        begin = iter(() if fresh is None else fresh.unbind(1))
         logits, start = list[Tensor](), 0
         losses: Losses = []
         while start < input_ids.shape[1]:
             stop = min(start + self.segment_length - state.window.length, input_ids.shape[1])
             part = slice(start, stop)
+            if fresh is not None and not state.window.length:
+                state = self.reset(state, next(begin))
             new, state, more = self.step(
                 input_ids[:, part],
                 None if mask is None else mask[:, part],

@@ -6,7 +6,9 @@ Axes: b batch, t tokens of an example.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +27,16 @@ class Batch:
     targets: [b t] int64, the token after each position
     scored:  [b t] bool, positions that count for loss and accuracy
     starts:  [b] bool, rows that begin a new document; their memory must be reset first
+    mask:    [b t] bool, false for padding; None if there is none
+    fresh:   [b s] bool, segments with which a row begins a new document; None if only `starts` says so
     """
 
     tokens: Tensor
     targets: Tensor
     scored: Tensor
     starts: Tensor
+    mask: Tensor | None = None
+    fresh: Tensor | None = None
 
     @classmethod
     def of(cls, stream: np.ndarray, scored: np.ndarray, starts: np.ndarray) -> Batch:
@@ -45,11 +51,26 @@ class Batch:
 
     def rows(self, which: slice) -> Batch:
         """Some of the rows."""
-        return Batch(*(part[which] for part in vars(self).values()))
+        return self._each(lambda part: part[which])
 
     def to(self, device: str | torch.device) -> Batch:
         """The same batch on a device."""
-        return Batch(*(part.to(device) for part in vars(self).values()))
+        return self._each(lambda part: part.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        parts: dict[str, Any] = {
+            name: None if part is None else change(part) for name, part in vars(self).items()
+        }
+        return Batch(**parts)
+
+    def borders(self, part: slice, segment_length: int) -> dict[str, Tensor]:
+        """What a model is told of some of the tokens, whole segments, besides their ids."""
+        found = {}
+        if self.mask is not None:
+            found["attention_mask"] = self.mask[:, part]
+        if self.fresh is not None:
+            found["fresh"] = self.fresh[:, part.start // segment_length : -(-part.stop // segment_length)]
+        return found
 
 
 class Task(ABC):

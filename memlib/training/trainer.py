@@ -199,7 +199,7 @@ class Trainer:
             record["loss_scale"] = self.loss_scale.value
         return record | ({"router_loss": routing} if routing else {})
 
-    def backward(self, batch: Batch, task: Task, positions: int, number: int) -> tuple[float, int, float]:
+    def backward(self, batch: Batch, task: Task, positions: int, number: int = 0) -> tuple[float, int, float]:
         """Accumulate the gradients of this rank's rows of batch `number`, part by part.
 
         Returns their share of the loss, the number of correct predictions, and the batch's share of the
@@ -216,11 +216,17 @@ class Trainer:
         for start in range(0, length, horizon):
             part, noise = slice(start, start + horizon), self.noise(number, start, rows)
             if self.pipeline is not None:
+                if whole.fresh is not None or whole.mask is not None:
+                    raise ConfigError(
+                        f"parallel.pipeline_parallel_size: stages read rows without padding, and task "
+                        f"{self.config.task.name} has documents that begin inside them; use fsdp"
+                    )
                 seen = batch.tokens[:, part], batch.targets[:, part], batch.scored[:, part]
-                state, more, hits = self.pipeline.learn(*seen, state, weight / positions, noise)
-                loss, right = loss + more / positions, right + hits
+                state, summed, hits = self.pipeline.learn(*seen, state, weight / positions, noise)
+                loss, right = loss + summed / positions, right + hits
                 continue
-            output = self.model(batch.tokens[:, part], memory_state=state, noise=noise)
+            more = batch.borders(part, task.segment_length)
+            output = self.model(batch.tokens[:, part], memory_state=state, noise=noise, **more)
             state = output.memory_state.detach()
             where = batch.targets[:, part], batch.scored[:, part]
             total = output.logits.new_zeros(())

@@ -364,6 +364,61 @@ def padding(make: Make) -> None:
         same_state(law, "memory after a segment of padding", mine.rows(index), theirs.rows(index), EXACT)
 
 
+def documents(make: Make) -> None:
+    """L3: documents that begin and end inside a row are read as if each were alone.
+
+    A row holds several, each from a segment's border, with padding up to the next one's; in one call, and in
+    two that meet inside a segment. No gradient crosses a border either.
+    """
+    law, model, early = "L3 documents", make(), 0
+    lanes = ((SEGMENT, SEGMENT - 2, 2 * SEGMENT), (3, 2 * SEGMENT, SEGMENT - 1), (4 * SEGMENT,))
+    total = max(sum(-(-length // SEGMENT) for length in lane) for lane in lanes)
+    tokens = 1 + stream(Feeding("lanes", (total * SEGMENT,))) % (VOCAB - 1)
+    mask = torch.zeros_like(tokens)
+    fresh = torch.zeros(len(lanes), total, dtype=torch.bool)
+    places = []  # row, first token, length
+    for row, lane in enumerate(lanes):
+        first = 0
+        for length in lane:
+            places.append((row, first, length))
+            mask[row, first : first + length], fresh[row, first // SEGMENT] = 1, True
+            first += -(-length // SEGMENT) * SEGMENT
+    assert first == total * SEGMENT  # the last row ends with its document
+    alone_ids, alone_mask = torch.zeros(2, len(places), total * SEGMENT, dtype=torch.int64)
+    for i, (row, first, length) in enumerate(places):
+        alone_ids[i, :length], alone_mask[i, :length] = tokens[row, first : first + length], 1
+    alone, alone_state = feed(model, alone_ids, None, alone_mask)
+    lasts = torch.tensor(
+        [i for i, place in enumerate(places) if i + 1 == len(places) or not places[i + 1][1]]
+    )
+    for pieces in ((total * SEGMENT,), (SEGMENT + 2, (total - 1) * SEGMENT - 2)):
+        got, state, begun = [], None, 0
+        for piece, piece_mask in zip(tokens.split(pieces, 1), mask.split(pieces, 1), strict=True):
+            count = -(-(sum(part.shape[1] for part in got) + piece.shape[1]) // SEGMENT) - begun
+            with torch.inference_mode():
+                output = model(piece, piece_mask, memory_state=state, fresh=fresh[:, begun : begun + count])
+            state, begun = output.memory_state, begun + count
+            got.append(output.logits)
+        logits = torch.cat(got, 1)
+        for i, (row, first, length) in enumerate(places):
+            what = f"the {length} tokens from {first} of row {row}, in {len(pieces)} calls"
+            same(law, what, logits[row, first : first + length], alone[i, :length])
+        same_state(law, f"state after {len(pieces)} calls", state, alone_state.rows(lasts))
+
+    row, first, _ = places[2]
+    ids = tokens[row : row + 1].clone()
+    ids[0, :first:2] = early
+    for border in (True, False):
+        output = model(ids, mask[row : row + 1], fresh=fresh[row : row + 1] if border else None)
+        loss = F.cross_entropy(output.logits[0, first:], ids[0, first:])
+        (gradient,) = torch.autograd.grad(loss, model.embedding.weight)
+        if bool(gradient[early].any()) != (not border and carries(model.config)):
+            raise AssertionError(
+                f"{law}: gradient of an earlier document's token is {'not ' * border}zero "
+                f"{'across' if border else 'without'} a border"
+            )
+
+
 @cache
 def plainly(plain: MemoryTransformer, feeding: Feeding) -> Tensor:
     """The logits of a model without memory, which stays as it is."""
@@ -516,6 +571,7 @@ def every_law(case: Case, feedings: Sequence[Feeding] = FEEDINGS) -> None:
         for law in LAWS.values():
             law(case.build, feeding)
     padding(case.build)
+    documents(case.build)
     truncation(case.build)
     endless(case.build)
     model = case.build()

@@ -27,6 +27,7 @@ from .laws import (
     LAWS,
     MANY,
     PIECES,
+    documents,
     endless,
     feed,
     horizon,
@@ -118,6 +119,11 @@ def test_law(case: Case, law, feeding):
 @every("case", CASES)
 def test_padding_leaves_no_trace(case: Case):
     padding(make(case))
+
+
+@every("case", [case for case in CASES if case.name.endswith(("per_layer", "-shared"))])
+def test_documents_in_a_row_are_read_alone(case: Case):
+    documents(make(case))
 
 
 @every("case", CASES)

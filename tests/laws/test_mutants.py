@@ -213,6 +213,20 @@ def test_a_reset_of_too_little_or_too_much_is_caught(fault):
     breaks(laws.forgetting, "L3", make_model(fault), TOKENS)
 
 
+class BeginsWithTheCallOnly(MemoryTransformer):
+    """A document that begins later in a call inherits what the one before it wrote."""
+
+    def forward(self, input_ids, attention_mask=None, labels=None, memory_state=None, fresh=None):
+        if fresh is not None:
+            fresh = fresh & (torch.arange(fresh.shape[1]) == 0)
+        return super().forward(input_ids, attention_mask, labels, memory_state, fresh)
+
+
+@pytest.mark.parametrize("fault", [ForgetsTheWindowOnly, ForgetsEverybody, BeginsWithTheCallOnly])
+def test_documents_that_begin_too_seldom_or_in_every_row_are_caught(fault):
+    breaks(laws.documents, "L3 documents", make_model(fault))
+
+
 def test_a_state_on_the_module_survives_a_reset(make_with):
     breaks(laws.forgetting, "L3", make_with(OnTheModule), MANY)
 

@@ -332,3 +332,16 @@ def test_gradient_checkpointing_keeps_less_in_training_only():
     plain, again = {}, {}
     trained(BASELINE, False, plain), trained(BASELINE, True, again)
     assert sum(again.values()) < 0.5 * sum(plain.values())
+
+
+def test_a_wrong_number_of_beginnings_is_refused():
+    model, fresh = build(), torch.ones(2, 3, dtype=torch.bool)
+    model(ids(), fresh=fresh)
+    with pytest.raises(ValueError, match=r"10 tokens begin 3 segments of 4; pass booleans \[2, 3\]"):
+        model(ids(), fresh=fresh[:, 1:])
+    state = model(ids(tokens=2)).memory_state
+    model(ids(), memory_state=state, fresh=fresh[:, 1:])
+    with pytest.raises(ValueError, match="after 2 tokens of a segment that an earlier call began, begin 2"):
+        model(ids(), memory_state=state, fresh=fresh)
+    with pytest.raises(ValueError, match=r"torch\.int64"):
+        model(ids(), fresh=fresh.long())
