@@ -371,10 +371,10 @@ def consolidate(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> Pat
     """
     path, config = newest_checkpoint(run), load_config(Path(run, "config.yaml"))
     checkpoint_to_resume(Path(out), resume=False)
-    model = MemoryTransformer(config)
-    optimizer = make_optimizer(model, config.training)
     before = random_state()
     try:
+        model = MemoryTransformer(config)
+        optimizer = make_optimizer(model, config.training)
         progress, memory = load_checkpoint(path, model, optimizer, restore_random=True)
         state = None if memory is None else refill(model.init_state(config.training.batch_size), memory)
         save_config(config, Path(out, "config.yaml"))

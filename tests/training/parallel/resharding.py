@@ -45,7 +45,9 @@ PAIRS = {
 CHANGES: dict[str, dict[str, object]] = {
     "internal": {"training.horizon": 1},
     "curriculum": {
-        "memory.kinds": ["hds"],
+        "memory.kinds": ["ring"],
+        "training.base_model_lr": 1e-3,  # a hard choice of slots magnifies rounding at higher rates
+        "training.memory_lr": 1e-3,
         "training.curriculum": [{"from_step": 3, "set": {"segments": 3}}],
     },
     "dropout": {"model.dropout": 0.2},
