@@ -36,7 +36,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from memlib.config import Config, ConfigError, override
 from memlib.evaluation.table import markdown
-from memlib.models import MemoryState, MemoryTransformer
+from memlib.models import MemoryState, MemoryTransformer, ModelOutput
 from memlib.models.info import format_params
 from memlib.tasks import make_task
 from memlib.tasks.scoring import scored_cross_entropy
@@ -44,7 +44,7 @@ from memlib.training.parallel import pipeline, tensor
 from memlib.training.parallel.allocations import Allocations, local_bytes
 from memlib.training.parallel.apply import distribute
 from memlib.training.parallel.pipeline import layers_of
-from memlib.training.parallel.ranks import Ranks, check_launch, join
+from memlib.training.parallel.ranks import Ranks, check_launch, make_mesh
 
 GIB = 2**30
 REMEDIES = {
@@ -102,20 +102,17 @@ def make_plan(config: Config, ranks: int, memory_gib: float = 80.0) -> Plan:
     alone = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "num_gpus": None}
     alone |= {"sequence_parallel": False, "loss_parallel": False}
     changes = {f"parallel.{name}": value for name, value in alone.items()} | {"training.device": "cpu"}
+    share = largest_share(config) if divided > 1 else 1.0  # first, as it may refuse
+    scored = scored_positions(config, data)
     with fake_ranks(override(config, changes), data) as (at, model):
-        held, optimizer, largest = measure(model, at, scored_positions(config, data))
+        held, optimizer, largest = measure(model, at, scored)
         parameters = count_by_group(model)
-    if divided > 1:
-        share = largest_share(config)
-        for kind in ("weights", "gradients", "gathered"):
-            held[kind] = round(held[kind] * share)
-        optimizer = round(optimizer * share)
     held["optimizer"] = optimizer
-    # AdamW's update of all parameters at once, on CUDA; the norm in float64 of the largest one, everywhere.
-    foreach = held["weights"] if torch.device(training.device).type == "cuda" else 0
+    for kind in ("weights", "gradients", "optimizer", "gathered"):
+        held[kind] = round(held[kind] * share)
     fixed = {kind: held[kind] for kind in ("weights", "optimizer", "state")}
-    gradients = optimizer // 2
-    update = fixed | {"gradients": gradients, "update": max(foreach, largest)}
+    # AdamW's update of all parameters at once, on CUDA; the norm in float64 of the largest one.
+    update = fixed | {"gradients": held["optimizer"] // 2, "update": max(held["weights"], largest)}
     return Plan(
         ranks=ranks,
         rows=training.batch_size // data,
@@ -139,13 +136,14 @@ def fake_ranks(config: Config, world: int) -> Iterator[tuple[Ranks, MemoryTransf
     """
     if dist.is_initialized():
         raise RuntimeError("a process group is open: plan a run in a process of its own")
+    cpu = torch.device("cpu")
     if world == 1 and config.parallel.mixed_precision == "none":
         with FakeTensorMode(allow_non_fake_inputs=True):
-            yield Ranks(torch.device("cpu")), MemoryTransformer(config)
+            yield Ranks(cpu), MemoryTransformer(config)
         return
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
-        ranks = join(config)  # a mesh reads values, so it is made of real tensors
+        ranks = Ranks(cpu, make_mesh(config, cpu, world))  # a mesh reads values: real tensors
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield ranks, distribute(MemoryTransformer(config), config.parallel, ranks)
     finally:
@@ -168,10 +166,14 @@ def measure(model: MemoryTransformer, ranks: Ranks, scored: int) -> tuple[dict[s
     # The positions' number is given: a mask's would depend on its values.
     where: Any = torch.zeros(scored, dtype=torch.int64), torch.zeros(scored, dtype=torch.int64)
     state: MemoryState | None = None
+    output: ModelOutput | None = None
     try:
         with Allocations() as allocations:
-            weights = allocations.of([*model.parameters(), *model.buffers()])
+            weights = allocations.of(model.parameters())
+            allocations.hold(model.buffers())
             for _ in range(2 if parts * training.gradient_accumulation_steps > 1 else 1):
+                if parts <= 1:  # what follows is another batch
+                    output, state = None, state if config.task.name == "text" else None
                 output = model(ids, memory_state=state)
                 state = output.memory_state.detach()
                 kept = allocations.of(tensor_list(state))
@@ -284,7 +286,7 @@ def to_table(plan: Plan, config: Config) -> str:
         "optimizer": "optimizer state",
         "gathered": "parameters gathered from other ranks, and their messages",
         "state": "memory state",
-        "activations": f"activations and temporaries{most}",
+        "activations": f"activations, buffers and temporaries{most}",
     }
     at_update = sum(plan.update.values()) > sum(plan.held.values())
     rows = [[name, f"{plan.held[kind] / GIB:.2f}"] for kind, name in shown.items()]
