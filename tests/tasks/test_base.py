@@ -14,7 +14,8 @@ from memlib.tasks import TASKS, Recall, make_task
 
 
 def same(left, right):
-    return all(torch.equal(getattr(left, f.name), getattr(right, f.name)) for f in fields(left))
+    pairs = [(getattr(left, f.name), getattr(right, f.name)) for f in fields(left)]
+    return all(one is other is None or torch.equal(one, other) for one, other in pairs)
 
 
 def test_shapes_types_and_vocabulary(task):

@@ -1,5 +1,6 @@
 """Checkpoints of runs on several processes: any number reads them, complete, exact, checked."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -7,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from memlib.config import load_config
 from memlib.models import MemoryTransformer
@@ -16,6 +15,7 @@ from memlib.training.checkpoint import CheckpointError, latest_checkpoint, load_
 from memlib.training.log import read_log
 from memlib.training.trainer import Trainer, consolidate, load_model, load_run
 from tests.training.parallel.resharding import HALF, PAIRS, STEPS, config_of
+from tests.training.parallel.shards import same, tensors
 
 ROOT = Path(__file__).parents[3]
 
@@ -38,27 +38,6 @@ def sharded(runs, tmp_path):
 
 def losses(run):
     return {int(r["step"]): r["loss"] for r in read_log(run) if "loss" in r}
-
-
-def tensors(checkpoint):
-    """Every tensor of every file."""
-    found = {}
-    for file in checkpoint.glob("*.safetensors"):
-        found |= {(file.name, name): tensor for name, tensor in load_file(file).items()}
-    return found
-
-
-def same(mine, theirs):
-    assert mine.keys() == theirs.keys()
-    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
-
-
-def stored_names(checkpoint):
-    names = set()
-    for file in checkpoint.glob("*.safetensors"):
-        with safe_open(file, "pt") as stored:
-            names |= set(stored.keys())
-    return names
 
 
 @pytest.mark.parametrize(
@@ -90,7 +69,7 @@ def test_the_carried_memory_matters_to_those_losses(runs, tmp_path):
 def test_the_same_processes_continue_bit_for_bit(runs, case, layout):
     """All tensors are equal: weights, optimizer, memory and every rank's generators."""
     straight, resumed = runs / case / layout, runs / case / f"{layout}-{layout}"
-    same(tensors(latest_checkpoint(straight)), tensors(latest_checkpoint(resumed)))
+    assert same(tensors(latest_checkpoint(straight)), tensors(latest_checkpoint(resumed))) == []
     want = losses(straight)
     assert losses(resumed) == {step: want[step] for step in range(HALF + 1, STEPS + 1)}
 
@@ -102,14 +81,14 @@ def test_a_save_in_the_background_is_of_its_step(runs):
     for step in range(1, STEPS + 1):
         saved = run / "checkpoints" / f"step-{step:07d}"
         assert load_checkpoint(saved)[0]["step"] == step
-        steps = {float(t) for (_, name), t in tensors(saved).items() if name.endswith(".step")}
+        steps = {float(t) for (name, _), t in tensors(saved).items() if name.endswith(".step")}
         assert steps == {step}
 
 
 @pytest.mark.parametrize("layout", ["2", "2-stages", "2-tensor", "4"])
 def test_every_parameter_has_its_optimizer_state_though_some_never_had_a_gradient(runs, layout):
     run = runs / "internal" / layout
-    names = stored_names(latest_checkpoint(run))
+    names = {name for name, _ in tensors(latest_checkpoint(run))}
     config = load_config(run / "config.yaml")
     parameters = {name for name, _ in MemoryTransformer(config).named_parameters()}
     want = {f"optimizer.{n}.{field}" for n in parameters for field in ("step", "exp_avg", "exp_avg_sq")}
@@ -192,3 +171,11 @@ def test_an_incomplete_checkpoint_is_ignored_and_removed_by_the_next_save(sharde
     trainer.step += 1
     trainer.save()
     assert not part.exists() and latest_checkpoint(sharded).name == f"step-{STEPS + 1:07d}"
+
+
+def test_killed_at_random_moments_a_run_goes_on_and_ends_bit_for_bit_the_same(tmp_path):
+    command = [sys.executable, "-m", "tests.training.parallel.kills", str(tmp_path), "3"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["kills"] == 3 and found["tensors that differ"] == [] and found["log is the same"]
