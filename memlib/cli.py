@@ -28,6 +28,8 @@ EPILOG = """examples:
   memlib train recall_internal --seeds 0 1 2         runs/recall_internal/seed-0 …
   memlib train my.yaml training.max_steps=500 --out runs/mine
   memlib train adapter_smollm2                       teach facts to a pretrained model (`make model`)
+  memlib plan design_7b --ranks 64                   memory of one of 64 GPUs, without any
+  memlib launch hds_100m --slurm --nodes 2           an sbatch script
   memlib eval runs/recall_internal/seed-0 --segments 4 32 --json result.json
   memlib generate runs/notes --prompt "def " --temperature 0.8 --stream
   memlib generate runs/notes --prompt "Ann: " --state ann.safetensors    keep memory from call to call
@@ -89,6 +91,34 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("folder", type=Path, metavar="RUN", help="folder of the run")
     command.add_argument("--out", type=Path, required=True, help="folder of the new run")
     command.set_defaults(run=consolidate)
+
+    command = commands.add_parser("plan", help="estimate the memory of one rank of a training run")
+    command.add_argument("config", help="a YAML file or a preset")
+    command.add_argument(
+        "changes", nargs="*", metavar="path=value", help="e.g. parallel.mixed_precision=bf16"
+    )
+    command.add_argument("--ranks", type=int, default=1, help="processes of the run, one for each GPU")
+    command.add_argument("--memory-gib", type=float, default=80.0, help="memory of a GPU (default: 80)")
+    command.add_argument("--json", type=Path, help="also write the result here")
+    command.set_defaults(run=plan)
+
+    command = commands.add_parser("launch", help="write the file that starts a run on Slurm or Kubernetes")
+    command.add_argument("config", help="a YAML file or a preset")
+    command.add_argument(
+        "changes", nargs="*", metavar="path=value", help="e.g. parallel.mixed_precision=bf16"
+    )
+    system = command.add_mutually_exclusive_group(required=True)
+    system.add_argument(
+        "--slurm", dest="system", action="store_const", const="slurm", help="an sbatch script"
+    )
+    system.add_argument(
+        "--kubernetes", dest="system", action="store_const", const="kubernetes", help="a PyTorchJob"
+    )
+    command.add_argument("--nodes", type=int, default=1, help="machines")
+    command.add_argument("--gpus-per-node", type=int, default=8, help="GPUs, and processes, of each")
+    command.add_argument("--image", default="memlib:latest", help="container image (Kubernetes)")
+    command.add_argument("--out", type=Path, help="file to write (default: print)")
+    command.set_defaults(run=launch)
 
     command = commands.add_parser("eval", help="measure the accuracy of trained runs")
     command.add_argument("runs", nargs="+", type=Path, help="folders of runs, or of their seeds")
@@ -249,19 +279,25 @@ def train(arguments: argparse.Namespace) -> int:
     config = read_config(arguments.config, arguments.changes)
     if config.adapter.base_model_name is not None:
         return train_adapter(arguments, config)
+    import torch
+
     from memlib.models import MemoryTransformer
     from memlib.models.info import print_model_info
     from memlib.training.trainer import Trainer
 
-    print_model_info(MemoryTransformer(config), config)
+    main_process = os.environ.get("RANK", "0") == "0"  # of those that a launcher starts
+    if main_process:
+        with torch.device("meta"):
+            print_model_info(MemoryTransformer(config), config)
     for seed, folder in seeds_and_folders(arguments, config):
         trainer = Trainer(override(config, {"training.seed": seed}), folder, arguments.resume)
         trainer.train()
         score = trainer.evaluate()
-        print(
-            f"{folder}: {trainer.step} steps, {trainer.cpu_seconds:.1f} CPU-s, test accuracy "
-            f"{score.accuracy:.4f} (chance {score.chance:.4f}), loss {score.loss:.4f}"
-        )
+        if main_process:
+            print(
+                f"{folder}: {trainer.step} steps, {trainer.cpu_seconds:.1f} CPU-s, test accuracy "
+                f"{score.accuracy:.4f} (chance {score.chance:.4f}), loss {score.loss:.4f}"
+            )
     return 0
 
 
@@ -270,6 +306,27 @@ def consolidate(arguments: argparse.Namespace) -> int:
 
     print(write(arguments.folder, arguments.out) / "model.safetensors")
     return 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    from memlib.training.parallel.plan import make_plan, to_table
+
+    config = read_config(arguments.config, arguments.changes)
+    found = make_plan(config, arguments.ranks, arguments.memory_gib)
+    print(to_table(found, config))
+    write_rows(found, arguments.json)
+    return 0
+
+
+def launch(arguments: argparse.Namespace) -> int:
+    from memlib.training.parallel.launch import launch_file
+
+    config = read_config(arguments.config, arguments.changes)
+    words = [arguments.config, *arguments.changes]
+    text = launch_file(
+        arguments.system, config, words, arguments.nodes, arguments.gpus_per_node, arguments.image
+    )
+    return write_page(text, arguments.out)
 
 
 def seeds_and_folders(arguments: argparse.Namespace, config: Config) -> list[tuple[int, Path]]:

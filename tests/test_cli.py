@@ -172,7 +172,7 @@ def test_doctor(capsys):
     assert "Python" in json.loads(capsys.readouterr().out)
 
 
-LARGE = {"base_medium": 43.3e6, "design_100m": 100e6, "design_7b": 7e9}
+LARGE = {"base_medium": 43.3e6, "design_100m": 100e6, "hds_100m": 99.6e6, "design_7b": 7e9}
 
 
 # Configurations of adapters are built and trained in tests/pretrained/test_finetune.py.
@@ -186,6 +186,7 @@ def test_every_preset_takes_a_step(name):
     if name in LARGE:
         changes |= {"model.hidden_dim": 64, "model.num_heads": 8, "model.intermediate_dim": 64}
         changes |= {"model.num_layers": 12, "model.segment_length": 64, "task.segments": 2}
+        changes |= {"parallel.mixed_precision": "none"}  # which opens a process group
     config = override(load_config(name), changes)
     assert Trainer(config).train(progress=False)["loss"] > 0
 

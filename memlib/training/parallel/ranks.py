@@ -123,11 +123,16 @@ def join(config: Config) -> Ranks:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Ranks(device, make_mesh(config, device, world), dist.new_group(backend="gloo"))
+
+
+def make_mesh(config: Config, device: torch.device, world: int) -> DeviceMesh:
+    """The mesh of `world` processes."""
+    parallel = config.parallel
     stages, tensor = parallel.pipeline_parallel_size, parallel.tensor_parallel_size
     data = world // (stages * tensor)
     shard = {"ddp": 1, "fsdp": data, "hsdp": parallel.shard_size or 1}[parallel.distributed_strategy]
-    mesh = init_device_mesh(device.type, (stages, data // shard, shard, tensor), mesh_dim_names=AXES)
-    return Ranks(device, mesh, dist.new_group(backend="gloo"))
+    return init_device_mesh(device.type, (stages, data // shard, shard, tensor), mesh_dim_names=AXES)
 
 
 def check_launch(config: Config, world: int) -> None:
