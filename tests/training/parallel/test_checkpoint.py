@@ -178,4 +178,9 @@ def test_killed_at_random_moments_a_run_goes_on_and_ends_bit_for_bit_the_same(tm
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(result.stdout.splitlines()[-1])
-    assert found["kills"] == 20 and found["during a save"] >= 3 and found["tensors that differ"] == [] and found["log is the same"]
+    assert (
+        found["kills"] == 20
+        and found["during a save"] >= 3
+        and found["tensors that differ"] == []
+        and found["log is the same"]
+    )
