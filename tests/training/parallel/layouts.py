@@ -1,4 +1,4 @@
-"""Train the same models on one process and in every layout of two or four, and write down the differences.
+"""Train the same models on one process and in every layout of two, four or eight, and write down the differences.
 
 Run by test_layouts.py: python -m tests.training.parallel.layouts WORLD FOLDER
 """
@@ -41,8 +41,9 @@ LAYOUTS = {
         "tensor x gpipe": TENSOR | STAGES | {"pipeline_schedule": "gpipe"},
         "interleaved x fsdp": FSDP | STAGES | {"pipeline_schedule": "interleaved"},
     },
+    8: {"fsdp x tensor x 1f1b": FSDP | TENSOR | STAGES},
 }
-FEW = ("baseline", "internal", "chapters")  # of the cases, with four processes
+FEW = {4: ("baseline", "internal", "chapters"), 8: ("internal",)}  # of the cases
 
 
 class Uneven(Task):
@@ -121,7 +122,7 @@ def one_process(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     results: dict[str, object] = {}
     for name, case in chosen().items():
-        if world == 4 and name not in FEW:
+        if name not in FEW.get(world, (name,)):
             continue
         for layout, changes in LAYOUTS[world].items():
             options = {
