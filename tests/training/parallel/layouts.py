@@ -1,4 +1,4 @@
-"""Train the same models on one process and in every layout of two, four or eight, and write down the differences.
+"""Train the same models on one process and in every layout of several, and write down the differences.
 
 Run by test_layouts.py: python -m tests.training.parallel.layouts WORLD FOLDER
 """
