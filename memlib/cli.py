@@ -162,7 +162,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "name",
         choices=["recall", "rewrite", "passkey", "mixed", "compression", "slots", "prototype"]
-        + ["age", "banks", "topics", "collapse", "low_rank", "facts", "long_context"],
+        + ["age", "banks", "topics", "collapse", "low_rank", "horizon"]
+        + ["facts", "long_context"],
     )
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     command.add_argument(

@@ -79,7 +79,7 @@ def chosen() -> dict[str, Case]:
     names |= {f"ltm, {variant}": next(n for n in found if n.startswith("ltm") and n.endswith(variant))
               for variant in ("residual_A", "residual_B")}  # fmt: skip
     names["external, joint"] = next(
-        n for n in found if n.startswith("external-joint") and n.endswith("per_layer")
+        n for n in found if n.startswith("external-joint") and n.endswith("query-per_layer")
     )
     return {"baseline": BASELINE} | {name: found[full] for name, full in names.items()}
 
@@ -99,6 +99,16 @@ def curve(case: Case, changes: dict[str, object], options: dict[str, object]) ->
         }
         | {f"training.{name}_lr": 0.01 for name in ("base_model", "memory", "gate")}
     )
+    # All losses that need the whole batch, large enough to be seen.
+    if "chapters" in case.kinds:
+        options |= {"memory.chapters.load_balance_coefficient": 0.5}
+        for loss in ("auxiliary_loss", "z_loss"):
+            options |= {
+                f"memory.chapters.use_{loss}": True,
+                f"memory.chapters.{loss}_coefficient": 0.5,
+            }
+    if case.kinds.get("external", {}).get("retrieval_gate") == "query":
+        options["memory.external.retrieval_cost"] = 0.5
     if case is not BASELINE and "memory_layer_custom" not in case.memory:
         options["memory.memory_layer_placement"] = "all"
     config = override(case.config(), options | {f"parallel.{k}": v for k, v in changes.items()})

@@ -12,6 +12,7 @@ REFUSED = {  # a layout's name, a case's name -> why
     ("1f1b", "chapters"): "adds a loss of the whole batch",
     ("1f1b", "internal, shared"): "share a InternalMemory's state",
     ("1f1b", "hds, shared"): "share a HdsMemory's state",
+    ("1f1b", "external, joint"): "adds a loss of the whole batch",
     ("tensor", "external, joint"): "takes part in the attention",
     ("tensor, sequence, loss", "external, joint"): "takes part in the attention",
     ("fsdp x 1f1b", "chapters"): "adds a loss of the whole batch",
