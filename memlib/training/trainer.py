@@ -216,11 +216,6 @@ class Trainer:
         for start in range(0, length, horizon):
             part, noise = slice(start, start + horizon), self.noise(number, start, rows)
             if self.pipeline is not None:
-                if whole.fresh is not None or whole.mask is not None:
-                    raise ConfigError(
-                        f"parallel.pipeline_parallel_size: stages read rows without padding, and task "
-                        f"{self.config.task.name} has documents that begin inside them; use fsdp"
-                    )
                 seen = batch.tokens[:, part], batch.targets[:, part], batch.scored[:, part]
                 state, summed, hits = self.pipeline.learn(*seen, state, weight / positions, noise)
                 loss, right = loss + summed / positions, right + hits
@@ -259,7 +254,14 @@ class Trainer:
                 f"model.vocab_size = {self.config.model.vocab_size}: task {config.name} has "
                 f"{task.vocab_size} tokens; raise it to that"
             )
-        task.batch(self.config.training.batch_size, 0)  # fail now, not after hours, if the text is too short
+        # Fail now, not after hours, if the text is too short.
+        batch = task.batch(self.config.training.batch_size, 0)
+        if self.ranks.size("stage") > 1 and (batch.mask is not None or batch.fresh is not None):
+            raise ConfigError(
+                "parallel.pipeline_parallel_size: stages read rows without padding, and documents "
+                "begin inside those of task.text.documents = lanes or buckets; use joined, or "
+                "distributed_strategy: fsdp"
+            )
         task.test_rows(1)
         return task
 

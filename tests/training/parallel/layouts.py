@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +48,12 @@ FEW = {4: ("baseline", "internal", "chapters"), 8: ("internal",)}  # of the case
 
 
 class Uneven(Task):
-    """Random tokens; a row's share of scored positions differs from row to row, and some rows have none."""
+    """Random tokens; a row's share of scored positions differs from row to row, and some rows have none.
 
-    chance, continues = 0.0, True
+    documents: some begin inside a row, and some segments end with padding.
+    """
+
+    chance, continues, documents = 0.0, True, False
 
     def batch(self, batch_size: int, step: int, seed: int = 0, split: str = "train") -> Batch:
         rng = np.random.default_rng([seed, step, split == "test"])
@@ -57,7 +61,13 @@ class Uneven(Task):
         stream = rng.integers(VOCAB, size=(batch_size, segments * SEGMENT + 1))
         share = np.arange(batch_size)[:, None] / batch_size
         scored = rng.random((batch_size, segments * SEGMENT)) < (share if split == "train" else 0.5)
-        return Batch.of(stream, scored, rng.random(batch_size) < 0.3)
+        batch = Batch.of(stream, scored, rng.random(batch_size) < 0.3)
+        if self.documents and split == "train":
+            real = np.arange(SEGMENT) < rng.integers(1, SEGMENT + 1, (batch_size, segments, 1))
+            mask = torch.from_numpy(real.reshape(batch_size, -1))
+            fresh = torch.from_numpy(rng.random((batch_size, segments)) < 0.3)
+            batch = replace(batch, scored=batch.scored & mask, mask=mask, fresh=fresh)
+        return batch
 
     def solve(self, row: list[int]) -> list[int]:
         return row
@@ -65,7 +75,9 @@ class Uneven(Task):
 
 class Trainer(training.Trainer):
     def make_task(self, config):
-        return Uneven(SEGMENT, 3)
+        task = Uneven(SEGMENT, 3)
+        task.documents = self.config.training.horizon == 1
+        return task
 
 
 def chosen() -> dict[str, Case]:
@@ -136,7 +148,7 @@ def one_process(rank: int, world: int, folder: str) -> None:
             continue
         for layout, changes in LAYOUTS[world].items():
             options = {
-                "training.horizon": 1 if layout in ("fsdp", "tensor x gpipe") else None,
+                "training.horizon": {"fsdp": 1, "tensor x gpipe": 2}.get(layout),
                 "model.num_layers": 4 if "interleaved" in layout else max(2, case.layers),
                 "model.dropout": 0.2 if layout in ("ddp", "1f1b", "fsdp x 1f1b", "tensor x gpipe") else 0.0,
             }
