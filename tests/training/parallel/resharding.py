@@ -28,6 +28,7 @@ LAYOUTS: dict[str, dict[str, object]] = {
     "2": {"parallel.distributed_strategy": "fsdp"},
     "2-tensor": {"parallel.tensor_parallel_size": 2},
     "2-stages": {"parallel.pipeline_parallel_size": 2, "parallel.pipeline_microbatches": 2},
+    "2-experts": {"parallel.distributed_strategy": "fsdp", "parallel.expert_parallel": True},
     "4": {"parallel.distributed_strategy": "hsdp", "parallel.shard_size": 2},
 }
 PAIRS = {
@@ -39,6 +40,7 @@ PAIRS = {
         *[(name, name) for name in ("2-tensor", "2-stages")],
     ],
     "curriculum": [("2", "1"), ("1", "2")],
+    "chapters": [("2-experts", "1"), ("1", "2-experts"), ("2-experts", "4"), ("2-experts", "2-experts")],
     "dropout": [("2", "2")],
     "async": [("2", "2")],
 }
@@ -49,6 +51,11 @@ CHANGES: dict[str, dict[str, object]] = {
         "training.base_model_lr": 1e-3,  # a hard choice of slots magnifies rounding at higher rates
         "training.memory_lr": 1e-3,
         "training.curriculum": [{"from_step": 3, "set": {"segments": 3}}],
+    },
+    "chapters": {
+        "memory.kinds": ["chapters"],
+        "memory.chapters.num_memory_tokens": 64,
+        "training.gradient_checkpointing": True,
     },
     "dropout": {"model.dropout": 0.2},
     "async": {"training.async_save": True, "training.save_steps": 1},

@@ -41,7 +41,7 @@ def losses(run):
 
 
 @pytest.mark.parametrize(
-    ("case", "saved", "layout"), [(c, *pair) for c in ("internal", "curriculum") for pair in PAIRS[c]]
+    ("case", "saved", "layout"), [(c, *pair) for c in ("internal", "curriculum", "chapters") for pair in PAIRS[c]]
 )
 def test_any_number_of_processes_continues_a_run_like_one_that_was_not_interrupted(runs, case, saved, layout):
     want, got = losses(runs / case / "1"), losses(runs / case / f"{saved}-{layout}")
@@ -64,7 +64,7 @@ def test_the_carried_memory_matters_to_those_losses(runs, tmp_path):
 @pytest.mark.parametrize(
     ("case", "layout"),
     [("internal", "2"), ("internal", "2-tensor"), ("internal", "2-stages"), ("internal", "4")]
-    + [("dropout", "2"), ("async", "2")],
+    + [("chapters", "2-experts"), ("dropout", "2"), ("async", "2")],
 )
 def test_the_same_processes_continue_bit_for_bit(runs, case, layout):
     """All tensors are equal: weights, optimizer, memory and every rank's generators."""
