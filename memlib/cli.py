@@ -37,6 +37,7 @@ EPILOG = """examples:
   memlib export runs/notes                           compile the model, for programs without memlib
   memlib table recall                                train, measure and print a whole table
   memlib compress runs/topics_routed                 bytes and accuracy of a bank, by rank and bits
+  memlib precision runs/notes --budgets 1e-3         bf16 or int8 for each block, within an error
   memlib retrieval --keys 1024 65536                 latency and recall of each index
   memlib retrieval runs/passkey_external/seed-0      a trained model's accuracy with each index
   memlib stream recall_internal recall_ltm model.segment_length=128     feed a million tokens to each
@@ -180,6 +181,13 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--examples", type=int, default=256, help="examples to measure on")
     command.add_argument("--json", type=Path, help="also write the results here")
     command.set_defaults(run=compress)
+
+    command = commands.add_parser("precision", help="bf16 or int8 for each block, by a budget of error")
+    command.add_argument("folder", type=Path, help="folder of a run")
+    command.add_argument("--budgets", type=float, nargs="+", default=[1e-3], help="nats per token")
+    command.add_argument("--examples", type=int, default=64, help="examples to measure on")
+    command.add_argument("--json", type=Path, help="also write the levels of each block here")
+    command.set_defaults(run=precision)
 
     command = commands.add_parser("retrieval", help="measure latency and recall of each index")
     command.add_argument(
@@ -552,6 +560,18 @@ def compress(arguments: argparse.Namespace) -> int:
         trainer = load_run(folder)
         results.append(bytes_against_accuracy(trainer.model, trainer.task, examples=arguments.examples))
     print(markdown(*compressed_table(results)))
+    write_rows(results, arguments.json)
+    return 0
+
+
+def precision(arguments: argparse.Namespace) -> int:
+    from memlib.evaluation.precision import choose, to_table
+    from memlib.training.trainer import load_run
+
+    trainer = load_run(arguments.folder)
+    tokens = trainer.task.batch(arguments.examples, 0, split="test").tokens.to(trainer.device)
+    results = [choose(trainer.model, [tokens], budget) for budget in arguments.budgets]
+    print(to_table(results))
     write_rows(results, arguments.json)
     return 0
 

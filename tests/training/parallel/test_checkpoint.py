@@ -41,7 +41,8 @@ def losses(run):
 
 
 @pytest.mark.parametrize(
-    ("case", "saved", "layout"), [(c, *pair) for c in ("internal", "curriculum", "chapters") for pair in PAIRS[c]]
+    ("case", "saved", "layout"),
+    [(c, *pair) for c in ("internal", "curriculum", "chapters") for pair in PAIRS[c]],
 )
 def test_any_number_of_processes_continues_a_run_like_one_that_was_not_interrupted(runs, case, saved, layout):
     want, got = losses(runs / case / "1"), losses(runs / case / f"{saved}-{layout}")
