@@ -123,8 +123,8 @@ class Trainer:
         """
         if self.ranks.count > 1 and self.pipeline is None and attached_stores(self.model):
             raise ConfigError(
-                f"a store is attached to the model, and {self.ranks.count} processes train it: a state's place "
-                "in a store names a file of one process; use memlib.models.stores.detach_stores"
+                f"a store is attached to the model, and {self.ranks.count} processes train it: a state's "
+                "place in a store names a file of one process; use memlib.models.stores.detach_stores"
             )
         training, record = self.config.training, {}
         end = training.max_steps if until is None else min(until, training.max_steps)
