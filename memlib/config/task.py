@@ -84,7 +84,8 @@ class QaConfig:
 
 @dataclass(kw_only=True)
 class TextConfig:
-    """Real text as bytes; each row of a batch continues its own stream from batch to batch."""
+    """Real text as bytes; unless `documents` says otherwise, each row of a batch continues its own stream
+    from batch to batch."""
 
     dataset: str = option(
         "python-stdlib",
@@ -95,6 +96,13 @@ class TextConfig:
     split: str = option("train", "split of a hub dataset to read", known_as="dataset_split")
     text_field: str = option("text", "column that holds the text")
     max_bytes: int = option(4_000_000, "bytes to read at most", 1000)
+    documents: Literal["joined", "lanes", "buckets"] = option(
+        "joined",
+        "joined: one text, of which each row reads its own part, and memory passes from document to "
+        "document; lanes: each row reads whole documents, one after another, and memory starts anew with "
+        "each; buckets: each row is a document, or a piece of `segments` segments, in batches of similar "
+        "length with at most batch_size x segments segments",
+    )
     download: bool = option(False, "allow fetching a hub dataset that is not in the local cache")
 
 

@@ -20,6 +20,7 @@ from memlib.tasks.passkey import Passkey, passkey_grid
 from memlib.tasks.qa import Qa
 from memlib.tasks.recall import Recall
 from memlib.tasks.text import Text
+from memlib.tasks.text_documents import TextDocuments, open_text
 from memlib.tasks.topics import Topics
 
 TASKS: dict[str, Callable[..., Task]] = {
@@ -29,7 +30,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "topics": Topics,
     "copy": Copy,
     "qa": Qa,
-    "text": Text,
+    "text": open_text,
 }
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Recall",
     "Task",
     "Text",
+    "TextDocuments",
     "Topics",
     "make_task",
     "packed",

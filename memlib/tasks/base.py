@@ -6,7 +6,8 @@ Axes: b batch, t tokens of an example.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -49,11 +50,15 @@ class Batch:
 
     def rows(self, which: slice) -> Batch:
         """Some of the rows."""
-        return Batch(*(None if part is None else part[which] for part in vars(self).values()))
+        return self.map(lambda part: part[which])
 
     def to(self, device: str | torch.device) -> Batch:
         """The same batch on a device."""
-        return Batch(*(None if part is None else part.to(device) for part in vars(self).values()))
+        return self.map(lambda part: part.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with `change` applied to every tensor that it has."""
+        return replace(self, **{name: change(part) for name, part in vars(self).items() if part is not None})
 
     def borders(self, part: slice, segment_length: int) -> dict[str, Tensor]:
         """What a model is told of some of the tokens, whole segments, besides their ids."""

@@ -51,10 +51,14 @@ class Text(Task):
         self.config = config
         self.vocabulary = Vocabulary({"byte": [byte_name(byte) for byte in range(256)]})
         corpus = read_corpus(config)
-        cut = len(corpus) - int(TEST_SHARE * len(corpus))
+        cut = self.cut(corpus)
         self.text = {"train": np.append(corpus[:cut], np.uint8(SEPARATOR)), "test": corpus[cut:]}
         commonest = np.bincount(self.text["train"]).argmax()
         self.chance = float((self.text["test"] == commonest).mean())
+
+    def cut(self, corpus: np.ndarray) -> int:
+        """Where the test split begins."""
+        return len(corpus) - int(TEST_SHARE * len(corpus))
 
     def batches_per_epoch(self, batch_size: int, split: str = "train") -> int:
         """Batches in one pass over the text; raises ValueError if the text is too short for one batch."""

@@ -213,7 +213,12 @@ class Trainer:
                 f"model.vocab_size = {self.config.model.vocab_size}: task {config.name} has "
                 f"{task.vocab_size} tokens; raise it to that"
             )
-        task.batch(self.config.training.batch_size, 0)  # fail now, not after hours, if the text is too short
+        # Fail now, not after hours, if the text is too short.
+        if task.batch(self.config.training.batch_size, 0).mask is not None and self.ranks.size("stage") > 1:
+            raise ConfigError(
+                "task.text.documents: a pipeline's stages read joined documents only; use "
+                "parallel.distributed_strategy: fsdp"
+            )
         task.test_rows(1)
         return task
 
