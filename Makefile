@@ -29,7 +29,7 @@ test test-fast notebooks: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test test-fast test-newest notebooks lint format types hooks doctor docs \
-	docs-check table lock lock-check env browser extras evaluation model image image-run image-test wheelhouse clean
+	docs-check table lock lock-check env browser compiler extras evaluation model image image-run image-test wheelhouse clean
 
 help: ## List what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -39,8 +39,8 @@ lab: $(ENV) ## Open the lab in a browser; options: LAB_ARGS="--no-browser --port
 	@JUPYTER_CONFIG_PATH="$(CURDIR)/environment/jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
 		exec $(BIN)/python -m jupyterlab $(LAB_ARGS)
 
-# In CI nothing is skipped for lack of a browser, of a library to compare with, or of a pretrained model.
-test: $(ENV) $(if $(CI),browser extras evaluation model) ## Run every test and every notebook; options: PYTEST_ARGS="-k recall"
+# In CI nothing is skipped for lack of a browser, a compiler, a library to compare with, or a pretrained model.
+test: $(ENV) $(if $(CI),browser compiler extras evaluation model) ## Run every test and every notebook; options: PYTEST_ARGS="-k recall"
 	$(BIN)/python -m tests.run $(PYTEST_ARGS)
 
 test-fast: $(ENV) ## Run the tests that take seconds: no notebooks, nothing that learns
@@ -101,6 +101,9 @@ browser: .venv/.locked-browser ## Add what the browser tests need: Playwright, a
 
 .venv/.locked-browser: $(ENV) environment/browser.txt
 	@bash environment/env.sh browser
+
+compiler: $(ENV) ## Add g++ by apt if there is no C++ compiler: `memlib export` and its tests need one
+	@bash environment/env.sh compiler
 
 extras: .venv/.locked-extras ## Add what pretrained models need, and the libraries tests compare with
 

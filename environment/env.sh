@@ -2,9 +2,11 @@
 # Make or bring up to date .venv from the lock files, and from nothing else:
 #   env.sh cpu|cuda [python]   the environment with that build of torch, and memlib itself
 #   env.sh browser             what the tests in a real browser need, Chromium too where apt may install it
+#   env.sh compiler            a C++ compiler, where there is none and apt may install it
 #   env.sh extras              what the pretrained extra adds to it
 #   env.sh evaluation          what the evaluation extra adds to that
-# `make env`, `make browser`, `make extras` and `make evaluation` run this when a lock file has changed.
+# `make env`, `make browser`, `make extras` and `make evaluation` run this when a lock file has changed;
+# `make compiler` runs it always.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
@@ -42,9 +44,13 @@ compile() {
     "$python" -m compileall -qq -j 0 -x '/(tests?|testing/_internal)/' .venv/lib || true
 }
 
-apt_chromium() {
+apt_install() {
     export DEBIAN_FRONTEND=noninteractive
-    apt-get -q update && apt-get -qy -o DPkg::Lock::Timeout=600 install --no-install-recommends chromium
+    apt-get -q update && apt-get -qy -o DPkg::Lock::Timeout=600 install --no-install-recommends "$@"
+}
+
+may_apt() {
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null
 }
 
 # The minor versions of 3 that pyproject.toml allows, oldest first. The oldest is preferred: the stored
@@ -102,12 +108,19 @@ make_venv() {
 if [ "$1" = browser ]; then
     step "packages for the browser tests" install browser.txt
     if ! command -v chromium chromium-browser google-chrome >/dev/null; then
-        [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || stop \
-            "No Chromium found. Debian and Ubuntu: sudo apt-get install chromium"
-        step "Chromium" apt_chromium
+        may_apt || stop "No Chromium found. Debian and Ubuntu: sudo apt-get install chromium"
+        step "Chromium" apt_install chromium
     fi
     step "check that all fit together" "$python" -m pip check
     touch .venv/.locked-browser
+    exit
+fi
+
+if [ "$1" = compiler ]; then
+    if ! command -v "${CXX:-g++}" >/dev/null; then
+        may_apt || stop "No C++ compiler found. Debian and Ubuntu: sudo apt-get install g++"
+        step "g++" apt_install g++ libc6-dev
+    fi
     exit
 fi
 

@@ -87,6 +87,7 @@ _HOME = {
         "GenerationConfig",
         "Sessions",
         "TokenStream",
+        "export_model",
         "generate",
         "load_state",
         "save_state",

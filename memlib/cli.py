@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +28,13 @@ EPILOG = """examples:
   memlib train recall_internal --seeds 0 1 2         runs/recall_internal/seed-0 …
   memlib train my.yaml training.max_steps=500 --out runs/mine
   memlib train adapter_smollm2                       teach facts to a pretrained model (`make model`)
+  memlib plan design_7b --ranks 64                   memory of one of 64 GPUs, without any
+  memlib launch hds_100m --slurm --nodes 2           an sbatch script
   memlib eval runs/recall_internal/seed-0 --segments 4 32 --json result.json
   memlib generate runs/notes --prompt "def " --temperature 0.8 --stream
   memlib generate runs/notes --prompt "Ann: " --state ann.safetensors    keep memory from call to call
   memlib generate adapter_smollm2 --prompt "What is the capital of France?"
+  memlib export runs/notes                           compile the model, for programs without memlib
   memlib table recall                                train, measure and print a whole table
   memlib compress runs/topics_routed                 bytes and accuracy of a bank, by rank and bits
   memlib retrieval --keys 1024 65536                 latency and recall of each index
@@ -44,11 +48,18 @@ EPILOG = """examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; an error that the user can fix is printed as one line, with exit status 2."""
+    """Run a command; an error that the user can fix is printed as one line, with exit status 2.
+
+    Training that a signal stopped has exit status 128 + the signal's number.
+    """
     parser = build_parser()
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
+    except KeyboardInterrupt as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"memlib: {stopped or 'stopped'}", file=sys.stderr)
+        return getattr(stopped, "exit_status", 130)
     except (ConfigError, ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"memlib: {error}", file=sys.stderr)
         return 2
@@ -73,6 +84,41 @@ def build_parser() -> argparse.ArgumentParser:
         "--download", action="store_true", help="allow fetching a pretrained model and its data from the hub"
     )
     command.set_defaults(run=train)
+
+    command = commands.add_parser(
+        "consolidate", help="write a run of several processes as one of one process"
+    )
+    command.add_argument("folder", type=Path, metavar="RUN", help="folder of the run")
+    command.add_argument("--out", type=Path, required=True, help="folder of the new run")
+    command.set_defaults(run=consolidate)
+
+    command = commands.add_parser("plan", help="estimate the memory of one rank of a training run")
+    command.add_argument("config", help="a YAML file or a preset")
+    command.add_argument(
+        "changes", nargs="*", metavar="path=value", help="e.g. parallel.mixed_precision=bf16"
+    )
+    command.add_argument("--ranks", type=int, default=1, help="processes of the run, one for each GPU")
+    command.add_argument("--memory-gib", type=float, default=80.0, help="memory of a GPU (default: 80)")
+    command.add_argument("--json", type=Path, help="also write the result here")
+    command.set_defaults(run=plan)
+
+    command = commands.add_parser("launch", help="write the file that starts a run on Slurm or Kubernetes")
+    command.add_argument("config", help="a YAML file or a preset")
+    command.add_argument(
+        "changes", nargs="*", metavar="path=value", help="e.g. parallel.mixed_precision=bf16"
+    )
+    system = command.add_mutually_exclusive_group(required=True)
+    system.add_argument(
+        "--slurm", dest="system", action="store_const", const="slurm", help="an sbatch script"
+    )
+    system.add_argument(
+        "--kubernetes", dest="system", action="store_const", const="kubernetes", help="a PyTorchJob"
+    )
+    command.add_argument("--nodes", type=int, default=1, help="machines")
+    command.add_argument("--gpus-per-node", type=int, default=8, help="GPUs, and processes, of each")
+    command.add_argument("--image", default="memlib:latest", help="container image (Kubernetes)")
+    command.add_argument("--out", type=Path, help="file to write (default: print)")
+    command.set_defaults(run=launch)
 
     command = commands.add_parser("eval", help="measure the accuracy of trained runs")
     command.add_argument("runs", nargs="+", type=Path, help="folders of runs, or of their seeds")
@@ -106,11 +152,18 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--download", action="store_true", help="allow fetching a pretrained model")
     command.set_defaults(run=generate)
 
+    command = commands.add_parser("export", help="compile a trained run's model for programs without memlib")
+    command.add_argument("folder", help="folder of a run")
+    command.add_argument("--out", type=Path, help="package to write (default: FOLDER/model.pt2)")
+    command.add_argument("--batch-size", type=int, default=1, help="number of streams read in parallel")
+    command.set_defaults(run=export)
+
     command = commands.add_parser("table", help="train and measure all runs of a published table")
     command.add_argument(
         "name",
         choices=["recall", "rewrite", "passkey", "mixed", "compression", "slots", "prototype"]
-        + ["age", "banks", "topics", "collapse", "low_rank", "facts", "long_context"],
+        + ["age", "banks", "topics", "collapse", "low_rank", "horizon"]
+        + ["facts", "long_context"],
     )
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     command.add_argument(
@@ -167,9 +220,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", type=Path, help="also write the results here")
     command.set_defaults(run=stream)
 
-    command = commands.add_parser("bench", help="speed of the kernels; how time and memory grow")
+    command = commands.add_parser("bench", help="speed of kernels and exports; how time and memory grow")
     command.add_argument(
-        "name", choices=["kernels", "complexity"], help="kernels: beside their peers; complexity: exponents"
+        "name",
+        choices=["kernels", "complexity", "compiled", "balance"],
+        help="kernels: beside their peers; complexity: exponents; compiled: exports beside their models; "
+        "balance: padding by layout of documents",
     )
     command.add_argument("--json", type=Path, help="also write the results here")
     command.set_defaults(run=bench)
@@ -225,20 +281,54 @@ def train(arguments: argparse.Namespace) -> int:
     config = read_config(arguments.config, arguments.changes)
     if config.adapter.base_model_name is not None:
         return train_adapter(arguments, config)
+    import torch
+
     from memlib.models import MemoryTransformer
     from memlib.models.info import print_model_info
     from memlib.training.trainer import Trainer
 
-    print_model_info(MemoryTransformer(config), config)
+    main_process = os.environ.get("RANK", "0") == "0"  # of those that a launcher starts
+    if main_process:
+        with torch.device("meta"):
+            print_model_info(MemoryTransformer(config), config)
     for seed, folder in seeds_and_folders(arguments, config):
         trainer = Trainer(override(config, {"training.seed": seed}), folder, arguments.resume)
         trainer.train()
         score = trainer.evaluate()
-        print(
-            f"{folder}: {trainer.step} steps, {trainer.cpu_seconds:.1f} CPU-s, test accuracy "
-            f"{score.accuracy:.4f} (chance {score.chance:.4f}), loss {score.loss:.4f}"
-        )
+        if main_process:
+            print(
+                f"{folder}: {trainer.step} steps, {trainer.cpu_seconds:.1f} CPU-s, test accuracy "
+                f"{score.accuracy:.4f} (chance {score.chance:.4f}), loss {score.loss:.4f}"
+            )
     return 0
+
+
+def consolidate(arguments: argparse.Namespace) -> int:
+    from memlib.training.trainer import consolidate as write
+
+    print(write(arguments.folder, arguments.out) / "model.safetensors")
+    return 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    from memlib.training.parallel.plan import make_plan, to_table
+
+    config = read_config(arguments.config, arguments.changes)
+    found = make_plan(config, arguments.ranks, arguments.memory_gib)
+    print(to_table(found, config))
+    write_rows(found, arguments.json)
+    return 0
+
+
+def launch(arguments: argparse.Namespace) -> int:
+    from memlib.training.parallel.launch import launch_file
+
+    config = read_config(arguments.config, arguments.changes)
+    words = [arguments.config, *arguments.changes]
+    text = launch_file(
+        arguments.system, config, words, arguments.nodes, arguments.gpus_per_node, arguments.image
+    )
+    return write_page(text, arguments.out)
 
 
 def seeds_and_folders(arguments: argparse.Namespace, config: Config) -> list[tuple[int, Path]]:
@@ -387,6 +477,31 @@ def speaker(arguments: argparse.Namespace) -> tuple[Any, Tokenizer, Callable[[st
     return adapter, tokenizer, lambda text, goes_on: tokenizer.prompt(text, chat, goes_on)
 
 
+def export(arguments: argparse.Namespace) -> int:
+    from memlib.pretrained.runs import adapter_config
+
+    if adapter_config(arguments.folder) is not None:
+        raise ValueError(
+            f"{arguments.folder}: is an adapter, and the layers of its base are transformers' own code, run "
+            "through hooks; only models that memlib trains from scratch can be exported"
+        )
+    import torch
+
+    from memlib.inference.export import export_model
+    from memlib.training.trainer import load_model
+
+    model = load_model(arguments.folder).cpu()
+    torch.set_num_threads(model.config.training.num_threads)
+    path = export_model(model, arguments.out or Path(arguments.folder, "model.pt2"), arguments.batch_size)
+    size, n = path.stat().st_size / 1e6, model.segment_length
+    print(f"{path}: {size:.1f} MB; reads segments of {n} tokens, batch size {arguments.batch_size}")
+    print(
+        f'load it without memlib: torch._inductor.aoti_load_package("{path}"); '
+        "examples/export has programs in Python and C++ that read it"
+    )
+    return 0
+
+
 def table(arguments: argparse.Namespace) -> int:
     from memlib.experiments.comparison import compare, summary, to_markdown, write_json
     from memlib.experiments.studies import LENGTHS, MEASURES, PREPARED, named_comparison
@@ -409,14 +524,16 @@ def bench(arguments: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from memlib.evaluation import complexity
+    from memlib.evaluation import balance, compiled, complexity
     from memlib.files import write_text
     from memlib_kernels import bench as kernels
 
     def log(line: str) -> None:
         print(line, file=sys.stderr)
 
-    part: Any = kernels if arguments.name == "kernels" else complexity
+    parts: dict[str, Any] = {"kernels": kernels, "complexity": complexity, "compiled": compiled}
+    parts["balance"] = balance
+    part = parts[arguments.name]
     results = part.measure_all(log=log)
     print(part.to_table(results))
     if arguments.json:

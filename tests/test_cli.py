@@ -172,7 +172,7 @@ def test_doctor(capsys):
     assert "Python" in json.loads(capsys.readouterr().out)
 
 
-LARGE = {"base_medium": 43.3e6, "design_100m": 100e6, "design_7b": 7e9}
+LARGE = {"base_medium": 43.3e6, "design_100m": 100e6, "hds_100m": 99.6e6, "design_7b": 7e9}
 
 
 # Configurations of adapters are built and trained in tests/pretrained/test_finetune.py.
@@ -186,6 +186,7 @@ def test_every_preset_takes_a_step(name):
     if name in LARGE:
         changes |= {"model.hidden_dim": 64, "model.num_heads": 8, "model.intermediate_dim": 64}
         changes |= {"model.num_layers": 12, "model.segment_length": 64, "task.segments": 2}
+        changes |= {"parallel.mixed_precision": "none"}  # which opens a process group
     config = override(load_config(name), changes)
     assert Trainer(config).train(progress=False)["loss"] > 0
 
@@ -443,16 +444,19 @@ def test_a_table_whose_runs_are_all_there_is_only_printed(tmp_path, capsys):
 
 
 def test_benchmarks_are_printed_and_stored(tmp_path, capsys, monkeypatch):
-    from memlib.evaluation import complexity
+    from memlib.evaluation import compiled, complexity
     from memlib_kernels import bench
 
     one = complexity.Exponent("read", "O(m)", "time", "m", 1.0, 0.9, 0.1, [1, 2], [1.0, 2.0])
     monkeypatch.setattr(complexity, "measure_all", lambda log: [one])
     timing = bench.Timing("read", "torch", "forward", 1.0, 2.0, 2.0)
     monkeypatch.setattr(bench, "measure_all", lambda log: [timing])
+    speed = compiled.Speed("read", 1, 16, 9.0, 2000.0, 5000.0, 0.0)
+    monkeypatch.setattr(compiled, "measure_all", lambda log: [speed])
     for name, row in (
         ("complexity", "| 1 | 0.90 ± 0.10 |"),
         ("kernels", "| 1.00 | torch | 2.00 | 2.00 | – |"),
+        ("compiled", "| read | 1 | 16 | 9.0 | 2,000 | 5,000 | 2.50 |"),
     ):
         target = tmp_path / f"{name}.json"
         assert main(["bench", name, "--json", str(target)]) == 0

@@ -41,8 +41,14 @@ class TrainingConfig:
     weight_decay: float = option(0.01, "AdamW weight decay, on matrices only", 0.0)
     max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down", 0.0)
     gradient_checkpointing: bool = option(
-        False, "save only each block's input and recompute the block in the backward pass"
+        False, "keep fewer activations and compute the others again in the backward pass"
     )
+    recompute: Literal["block", "mlp", "selective"] = option(
+        "block",
+        "with gradient_checkpointing, what is computed again. block: all but each block's input; mlp: the "
+        "feed-forward only; selective: all but the results of matrix products",
+    )
+    recompute_every: int = option(1, "with recompute: block, every n-th block, from the first on", 1)
     horizon: int | None = option(
         None, "segments that gradients flow back through the memory; null: the whole example", 1
     )
@@ -52,5 +58,10 @@ class TrainingConfig:
     eval_examples: int = option(512, "examples in an evaluation", 1)
     save_steps: int = option(500, "steps between two checkpoints", 1)
     keep_checkpoints: int = option(2, "checkpoints kept", 1)
+    async_save: bool = option(
+        False,
+        "on several processes: write checkpoints in a thread while training goes on, from a copy in the main "
+        "memory",
+    )
     num_threads: int = option(1, "torch threads; 1 is fastest on a small shared machine", 1)
     device: str = option("cpu", "cpu, cuda, cuda:1, …")

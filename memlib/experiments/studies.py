@@ -31,6 +31,7 @@ LENGTHS = {
     "topics": [3, 8],
     "collapse": [3],
     "low_rank": [3],
+    "horizon": [2, 3, 4],
 }
 RATIOS = (1.0, 0.5, 0.25, 0.125)
 
@@ -118,6 +119,22 @@ def low_rank() -> dict[str, Config]:
     return runs
 
 
+def horizon() -> dict[str, Config]:
+    """Recall over exactly 2, 3 and 4 segments with gradients through 1 … all of them.
+
+    A write's key is that of its own token at the start; that it should be the previous one's is left to learn
+    by the gradient of a question in the last segment with respect to the write in the first.
+    """
+    few = {"num_slots": 32, "shift_init": 0.0}
+    base = override(load_config("recall_internal"), {f"memory.internal.{k}": v for k, v in few.items()})
+    base = override(base, {"task.segments_min": None, "training.max_steps": 160})
+    return {
+        f"{length}_segments_horizon_{h}": override(base, {"task.segments": length, "training.horizon": h})
+        for length in (2, 3, 4)
+        for h in range(1, length + 1)
+    }
+
+
 @torch.no_grad()
 def lean(model: MemoryTransformer) -> None:
     """Bias every router towards chapter 0, so that training starts from a collapse."""
@@ -161,6 +178,7 @@ STUDIES = {
     "topics": topics,
     "collapse": collapse,
     "low_rank": low_rank,
+    "horizon": horizon,
 }
 MEASURES = {"age": measure_by_bank, "banks": measure_in_stream}
 

@@ -1,7 +1,8 @@
-"""Inference: generation with memory, and sessions with a separate memory for each user."""
+"""Inference: generation with memory, sessions with a separate memory for each user, and export."""
 
 from __future__ import annotations
 
+from memlib.inference.export import export_model
 from memlib.inference.generate import (
     Generation,
     GenerationConfig,
@@ -25,6 +26,7 @@ __all__ = [
     "Tokenizer",
     "WordTokenizer",
     "decode",
+    "export_model",
     "generate",
     "load_state",
     "save_state",

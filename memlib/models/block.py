@@ -30,6 +30,7 @@ from memlib.memory.layer import LayerInput, LayerMemories
 from memlib.models.fusion import ResidualFusion, SoftmaxFusion
 from memlib.nn.attention import SelfAttention
 from memlib.nn.mlp import MLP
+from memlib.nn.noise import Dropout, Noise
 from memlib.nn.norm import RMSNorm
 
 
@@ -49,7 +50,8 @@ class TransformerBlock(nn.Module):
     """A block with any number of memories by kind; with none it is the plain pre-norm block.
 
     residual: [b n d]; past_keys, past_values: [b h p k], mask: as `SelfAttention` takes them; memory: what
-    its memories need, None for a block without. out_scale: of the start of the maps into the residual
+    its memories need, None for a block without; noise: for dropout,
+    None for torch's generator. out_scale: of the start of the maps into the residual
     stream, 1 / sqrt(2 layers) in a model.
     """
 
@@ -83,7 +85,7 @@ class TransformerBlock(nn.Module):
                 self.extra_mlp = MLP(hidden_dim, intermediate_dim, 0.0 if wo_init_zero else out_scale)
         self.mlp_norm = RMSNorm(hidden_dim)
         self.mlp = MLP(hidden_dim, intermediate_dim, out_scale)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self,
@@ -92,6 +94,7 @@ class TransformerBlock(nn.Module):
         past_values: Tensor,
         mask: Tensor | None,
         memory: LayerInput | None = None,
+        noise: Noise | None = None,
     ) -> BlockOutput:
         states = [] if memory is None else self.memories.open(memory, residual.dtype)
         ids = residual.new_zeros(0) if memory is None else memory.ids
@@ -99,13 +102,13 @@ class TransformerBlock(nn.Module):
         mixed, keys, values = self.attend(hidden, past_keys, past_values, mask, states)
         if isinstance(self.fusion, SoftmaxFusion):
             mixed = self.fusion(hidden, mixed, self.memories.read(hidden, states, ids))
-        residual = residual + self.dropout(mixed)
+        residual = residual + self.dropout(mixed, noise, 0)
         if isinstance(self.fusion, ResidualFusion):
             if self.extra_mlp is not None:
-                residual = residual + self.dropout(self.extra_mlp(self.extra_norm(residual)))
+                residual = residual + self.dropout(self.extra_mlp(self.extra_norm(residual)), noise, 1)
             hidden = self.memory_norm(residual)
             residual = self.fusion(residual, self.memories.read(hidden, states, ids))
-        residual = residual + self.dropout(self.mlp(self.mlp_norm(residual)))
+        residual = residual + self.dropout(self.mlp(self.mlp_norm(residual)), noise, 2)
         if memory is None:
             return BlockOutput(residual, keys, values)
         segment = torch.cat((memory.hidden.to(hidden.dtype), hidden), 1)

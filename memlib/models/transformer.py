@@ -15,7 +15,7 @@ the graph that can be compiled or exported. The layers' bookkeeping is `memlib.m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import cast
 
@@ -23,18 +23,19 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from memlib.config import Config, get_memory_bank_assignments, get_memory_kinds
+from memlib.config import Config, TrainingConfig, get_memory_bank_assignments, get_memory_kinds
 from memlib.memory import MEMORIES
 from memlib.memory.base import zeros
 from memlib.memory.layer import LayerInput
 from memlib.models.block import BlockOutput, TransformerBlock
 from memlib.models.checks import check_fresh, check_inputs, check_state
+from memlib.models.recompute import recomputed
 from memlib.models.stack import MemoryStack
 from memlib.models.state import MemoryState, ModelOutput, Window
 from memlib.nn.attention import window_mask
 from memlib.nn.linear import Embedding, Linear, initialise
+from memlib.nn.noise import Noise
 from memlib.nn.norm import RMSNorm
 
 Losses = list[dict[str, Tensor]]
@@ -129,12 +130,14 @@ class MemoryTransformer(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         memory_state: MemoryState | None = None,
+        noise: Noise | None = None,
         fresh: Tensor | None = None,
     ) -> ModelOutput:
         """input_ids: [b t] of any length; attention_mask: [b t], 0 for padding, left or right;
-        labels: [b t] as in transformers (the same ids, shifted here, -100 ignored); fresh: [b s], true where
-        a row's document begins with one of the s segments that begin in this call, so that the row is
-        `reset` before it. A segment left open by an earlier call does not begin in this one.
+        labels: [b t] as in transformers (the same ids, shifted here, -100 ignored); noise: of these rows, for
+        dropout that does not depend on how a batch is divided; fresh: [b s], true where a row's document
+        begins with one of the s segments that begin in this call, so that the row is `reset` before it. A
+        segment left open by an earlier call does not begin in this one.
 
         Raises ValueError where shapes, ids or the state do not fit.
         """
@@ -144,14 +147,19 @@ class MemoryTransformer(nn.Module):
         if fresh is not None:
             check_fresh(fresh, input_ids.shape, state.window.length, self.segment_length)
         begin = iter(() if fresh is None else fresh.unbind(1))
-        logits, start = [], 0
+        logits, start = list[Tensor](), 0
         losses: Losses = []
         while start < input_ids.shape[1]:
             stop = min(start + self.segment_length - state.window.length, input_ids.shape[1])
             part = slice(start, stop)
             if fresh is not None and not state.window.length:
                 state = self.reset(state, next(begin))
-            new, state, more = self.step(input_ids[:, part], None if mask is None else mask[:, part], state)
+            new, state, more = self.step(
+                input_ids[:, part],
+                None if mask is None else mask[:, part],
+                state,
+                None if noise is None else noise.at(segment=len(logits)),
+            )
             losses += more
             logits.append(new)
             start = stop
@@ -163,7 +171,7 @@ class MemoryTransformer(nn.Module):
         return ModelOutput(joined, state, loss, mean_by_name(losses))
 
     def step(
-        self, ids: Tensor, mask: Tensor | None, state: MemoryState
+        self, ids: Tensor, mask: Tensor | None, state: MemoryState, noise: Noise | None = None
     ) -> tuple[Tensor, MemoryState, Losses]:
         """Read tokens up to the end of the open segment, and write it if they complete it.
 
@@ -179,7 +187,8 @@ class MemoryTransformer(nn.Module):
             mask,
             state,
             self.segment_length,
-            self.training and self.config.training.gradient_checkpointing,
+            self.config.training,
+            noise,
         )
         return self.head(self.norm(residual)), state, losses
 
@@ -210,12 +219,14 @@ def read_blocks(
     mask: Tensor | None,
     state: MemoryState,
     segment_length: int,
-    recompute: bool = False,
+    training: TrainingConfig,
+    noise: Noise | None = None,
 ) -> tuple[Tensor, MemoryState, Losses]:
     """Pass tokens of the open segment through some layers, and write their memories if they complete it.
 
     blocks: by layer, all or those of a pipeline's stage; stack: of their memories; residual: [b n d]; ids,
-    mask, state: as `MemoryTransformer.step` takes them; recompute: in the backward pass.
+    mask, state: as `MemoryTransformer.step` takes them; training: says what is computed again in the backward
+    pass.
     """
     past, n = state.window, ids.shape[1]
     all_real = mask is None and not past.length
@@ -237,10 +248,9 @@ def read_blocks(
                 latest=stack.at(layer, latest) if complete else None,
                 has_tokens=has_tokens,
             )
-        read: Callable[..., BlockOutput] = block
-        if recompute:
-            read = partial(checkpoint, block, use_reentrant=False)
-        output = read(residual, keys, values, allowed, inputs)
+        read = recomputed(block, layer, training)
+        own = None if noise is None else noise.at(noise.segment, layer)
+        output: BlockOutput = read(residual, keys, values, allowed, inputs, own)
         if inputs is not None and complete:
             stack.put(layer, latest, output.states)
         residual = output.residual

@@ -41,6 +41,7 @@ from memlib.training.divergence import check_finite
 from memlib.training.log import RunLog
 from memlib.training.optimizer import make_schedule
 from memlib.training.resume import checkpoint_to_resume, progress_of, resume_checkpoint
+from memlib.training.stopping import StopSignals, TrainingStopped
 
 MODES = ("pretraining", "instruction_finetuning")
 
@@ -104,11 +105,11 @@ class Finetuning:
 
     def train(self, until: int | None = None, progress: bool = True) -> dict[str, float]:
         """Train up to step `until` (default: the configured end) and save the adapter; returns the last log
-        record, which is empty if no step was left."""
+        record, which is empty if no step was left. Ctrl-C and SIGTERM save and raise TrainingStopped."""
         training, record = self.config.training, {}
         end = training.max_steps if until is None else min(until, training.max_steps)
         bar = tqdm(total=end, initial=self.step, disable=not progress, unit="step", mininterval=0.5)
-        with bar, RunLog(self.folder, self.step) as log:
+        with bar, RunLog(self.folder, self.step) as log, StopSignals() as signals:
             while self.step < end and not self.out_of_time():
                 before = time.process_time()
                 record = self.train_step()
@@ -119,8 +120,10 @@ class Finetuning:
                 if self.step % training.log_steps == 0 or last:
                     bar.set_postfix(loss=f"{record['loss']:.3f}")
                     log.write(self.step, cpu_seconds=self.cpu_seconds, **record)
-                if self.step % training.save_steps == 0 or last:
-                    self.save()
+                if self.step % training.save_steps == 0 or last or signals.received:
+                    saved = self.save()
+                    if signals.received:
+                        raise TrainingStopped(signals.received, self.step, saved)
         self.adapter.eval().save_pretrained(self.folder / ADAPTER)
         return record
 

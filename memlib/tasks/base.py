@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,15 +51,17 @@ class Batch:
 
     def rows(self, which: slice) -> Batch:
         """Some of the rows."""
-        return self.map(lambda part: part[which])
+        return self._each(lambda part: part[which])
 
     def to(self, device: str | torch.device) -> Batch:
         """The same batch on a device."""
-        return self.map(lambda part: part.to(device))
+        return self._each(lambda part: part.to(device))
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with `change` applied to every tensor that it has."""
-        return replace(self, **{name: change(part) for name, part in vars(self).items() if part is not None})
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        parts: dict[str, Any] = {
+            name: None if part is None else change(part) for name, part in vars(self).items()
+        }
+        return Batch(**parts)
 
     def borders(self, part: slice, segment_length: int) -> dict[str, Tensor]:
         """What a model is told of some of the tokens, whole segments, besides their ids."""

@@ -22,21 +22,21 @@ from memlib.tasks.text import TEST_SHARE, Text
 class Segments(NamedTuple):
     """Which part of the text each segment is; arrays of one shape.
 
-    first: index of its first token; count: its tokens, 0 for a segment of padding; begins: whether a document
-    begins with it.
+    first: index of its first token; length: its tokens, 0 for a segment of padding; begins: whether a
+    document begins with it.
     """
 
     first: np.ndarray
-    count: np.ndarray
+    length: np.ndarray
     begins: np.ndarray
 
-    def rows(self, parts: list[np.ndarray], length: int) -> Segments:
-        """One row of `length` segments for each list of segments, filled up with padding: [b s]."""
-        index = np.full((len(parts), length), -1, dtype=np.int64)
+    def rows(self, parts: list[np.ndarray], segments: int) -> Segments:
+        """One row of `segments` segments for each list of segments, filled up with padding: [b s]."""
+        index = np.full((len(parts), segments), -1, dtype=np.int64)
         for row, part in zip(index, parts, strict=True):
             row[: len(part)] = part
         real = index >= 0
-        return Segments(self.first[index], self.count[index] * real, self.begins[index] & real)
+        return Segments(self.first[index], self.length[index] * real, self.begins[index] & real)
 
 
 class TextDocuments(Text):
@@ -124,7 +124,7 @@ class TextDocuments(Text):
         epoch, i = divmod(step, self.batches_per_epoch(batch_size, split))
         segments = self.plan(batch_size, seed, epoch, split)[i]
         place, text = np.arange(self.segment_length), self.stream[split]
-        real = place < rearrange(segments.count, "b s -> b s 1")
+        real = place < rearrange(segments.length, "b s -> b s 1")
         index = (rearrange(segments.first, "b s -> b s 1") + place) * real
         ids, targets, mask = (
             torch.from_numpy(rearrange(part, "b s n -> b (s n)"))

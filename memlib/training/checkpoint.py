@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,9 +24,12 @@ from torch.optim import Optimizer
 from memlib.memory.base import State
 from memlib.memory.chapters.quantization import pack_memory_banks
 
+if TYPE_CHECKING:
+    from memlib.training.parallel.ranks import Ranks
+
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read; the message names the file and the remedy."""
+    """A checkpoint cannot be read or written; the message names the file and the remedy."""
 
 
 def save_checkpoint(
@@ -36,25 +39,18 @@ def save_checkpoint(
     memory_state: State | None = None,
     progress: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint folder atomically; `progress` is JSON (step, schedule, config, …)."""
+    """Write a checkpoint folder atomically; `progress` is JSON (step, schedule, config, …).
+
+    Raises CheckpointError if it cannot be written, e.g. on a full disk; nothing of it is left then.
+    """
     target = Path(path)
     scratch = target.with_name(f".{target.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    save_model(model, str(scratch / "model.safetensors"))
-    document: dict[str, Any] = {"progress": progress or {}}
-    if optimizer is not None:
-        tensors, groups = flatten_optimizer(optimizer)
-        save_file(tensors, scratch / "optimizer.safetensors")
-        document["optimizer_groups"] = groups
-    if memory_state is not None:
-        named = {name: t.contiguous().clone() for name, t in memory_state.named_tensors()}
-        save_file(named, scratch / "memory.safetensors")
-    states, document["random"] = random_state()
-    save_file(states, scratch / "random.safetensors")
-    (scratch / "checkpoint.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-    for file in (*scratch.iterdir(), scratch):
-        flush(file)
+    try:
+        write_files(scratch, model, optimizer, memory_state, progress)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise not_written(target, error) from None
     before = target.with_name(f".{target.name}.before.part")
     shutil.rmtree(before, ignore_errors=True)
     if target.exists():
@@ -65,20 +61,60 @@ def save_checkpoint(
     return target
 
 
+def write_files(
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    memory_state: State | None,
+    progress: dict[str, Any] | None,
+) -> None:
+    """Write the files of a checkpoint into a new folder and flush them to disk."""
+    folder.mkdir(parents=True)
+    save_model(model, str(folder / "model.safetensors"))
+    document: dict[str, Any] = {"progress": progress or {}}
+    if optimizer is not None:
+        tensors, groups = flatten_optimizer(optimizer)
+        save_file(tensors, folder / "optimizer.safetensors")
+        document["optimizer_groups"] = groups
+    if memory_state is not None:
+        named = {name: t.contiguous().clone() for name, t in memory_state.named_tensors()}
+        save_file(named, folder / "memory.safetensors")
+    states, document["random"] = random_state()
+    save_file(states, folder / "random.safetensors")
+    (folder / "checkpoint.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    for file in (*folder.iterdir(), folder):
+        flush(file)
+
+
+def not_written(target: Path, error: Exception) -> CheckpointError:
+    """The error of a save that failed."""
+    return CheckpointError(
+        f"{target}: cannot be written ({error}); free space there, or continue in another folder. Earlier "
+        "checkpoints are complete"
+    )
+
+
 def load_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module | None = None,
     optimizer: Optimizer | None = None,
     restore_random: bool = False,
+    ranks: Ranks | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
     """Load a checkpoint into the given model and optimizer; returns its progress and memory tensors, if any.
 
-    Raises CheckpointError for an incomplete folder, a damaged file, or tensors of another shape. The model
-    may then be partly loaded: build a new one.
+    ranks: the processes that load it together, each its part; None: this process alone. It may have been
+    saved by any number of processes. Raises CheckpointError for an incomplete folder, a damaged file, or
+    tensors of another shape. The model may then be partly loaded: build a new one.
     """
     folder = Path(path)
     try:
         document = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        if "files" in document or (ranks is not None and ranks.mesh is not None):
+            from memlib.training.parallel.checkpoint import load_shards
+
+            memory = load_shards(folder, document, model, optimizer, restore_random, ranks)
+            return document["progress"], memory
         if model is not None:
             load_weights(model, folder / "model.safetensors")
         if optimizer is not None:
@@ -86,8 +122,8 @@ def load_checkpoint(
             restore_optimizer(optimizer, tensors, document["optimizer_groups"])
         if restore_random:
             restore_random_state(load_file(folder / "random.safetensors"), document["random"])
-        memory = folder / "memory.safetensors"
-        return document["progress"], load_file(memory) if memory.exists() else None
+        file = folder / "memory.safetensors"
+        return document["progress"], load_file(file) if file.exists() else None
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder}: incomplete checkpoint ({Path(error.filename or '').name} is missing); "

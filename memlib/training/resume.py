@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from memlib.config import Config, from_dict, to_dict
+from memlib.models import MemoryState
 from memlib.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from memlib.training.parallel.ranks import Ranks
 
 
 def checkpoint_to_resume(folder: Path, resume: bool) -> Path | None:
@@ -22,6 +24,12 @@ def checkpoint_to_resume(folder: Path, resume: bool) -> Path | None:
             f"{folder} already holds a run ({found.name}): resume it (--resume) or choose another folder"
         )
     return found
+
+
+def refill(template: MemoryState, stored: dict[str, Tensor]) -> MemoryState:
+    """A carried memory from a checkpoint's tensors, of which empty ones may be left out."""
+    empty = {name: tensor for name, tensor in template.named_tensors() if not tensor.numel()}
+    return template.load(empty | stored)
 
 
 def progress_of(step: int, cpu_seconds: float, schedule: LambdaLR, config: Config) -> dict[str, Any]:
@@ -41,9 +49,10 @@ def resume_checkpoint(
     schedule: LambdaLR,
     config: Config,
     fixed: Sequence[str],
+    ranks: Ranks | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
     """Load a checkpoint into model, optimizer, schedule and random generators; returns its progress and
-    memory tensors, if any.
+    memory tensors, if any; of several processes (`ranks`), each its part.
 
     Rates and weight decay are those of `config`, not the saved ones. fixed: groups of the configuration that
     must be as saved. `progress["config"]` is completed with the defaults of options that a later version has
@@ -58,7 +67,7 @@ def resume_checkpoint(
             )
     rates = schedule.base_lrs
     decays = [group["weight_decay"] for group in optimizer.param_groups]
-    _, memory = load_checkpoint(path, model, optimizer, restore_random=True)
+    _, memory = load_checkpoint(path, model, optimizer, restore_random=True, ranks=ranks)
     schedule.load_state_dict(progress["schedule"] | {"lr_lambdas": [None] * len(rates), "base_lrs": rates})
     for options, rate, decay, factor in zip(
         optimizer.param_groups, rates, decays, schedule.lr_lambdas, strict=True

@@ -166,3 +166,12 @@ def test_bytes_against_accuracy_break_between_rank_8_and_rank_4():
         assert kept[4, 32] < 0.9 and kept[2, 32] < 0.7 and kept[1, 32] < 0.5
         size = {(row["rank"], row["bits"]): row["nbytes"] for row in rows}
         assert size[8, 4] * 14 <= size[None, 32]
+
+
+def test_gradients_must_reach_from_the_question_to_the_write():
+    """On every seed and task; a part that ends before the question changes nothing."""
+    for length in (2, 3, 4):
+        runs = [scores("horizon", f"{length}_segments_horizon_{h}", length) for h in range(1, length + 1)]
+        assert all(min(runs[-1]) > max(short) + 0.07 for short in runs[:-1])
+    one, three = (scores("horizon", f"4_segments_horizon_{h}", 4) for h in (1, 3))
+    assert one == three

@@ -216,10 +216,10 @@ def test_a_reset_of_too_little_or_too_much_is_caught(fault):
 class BeginsWithTheCallOnly(MemoryTransformer):
     """A document that begins later in a call inherits what the one before it wrote."""
 
-    def forward(self, input_ids, attention_mask=None, labels=None, memory_state=None, fresh=None):
+    def forward(self, input_ids, attention_mask=None, memory_state=None, fresh=None):
         if fresh is not None:
             fresh = fresh & (torch.arange(fresh.shape[1]) == 0)
-        return super().forward(input_ids, attention_mask, labels, memory_state, fresh)
+        return super().forward(input_ids, attention_mask, memory_state=memory_state, fresh=fresh)
 
 
 @pytest.mark.parametrize("fault", [ForgetsTheWindowOnly, ForgetsEverybody, BeginsWithTheCallOnly])
@@ -283,11 +283,11 @@ class WritesAsleep(LayerMemories):
 class AttendsToPadding(MemoryTransformer):
     """Padding that real tokens of the window attend to."""
 
-    def step(self, ids, mask, state):
+    def step(self, ids, mask, state, noise=None):
         original = transformer_module.window_mask
         try:
             transformer_module.window_mask = lambda n, valid, past, device: original(n, None, past, device)
-            return super().step(ids, mask, state)
+            return super().step(ids, mask, state, noise)
         finally:
             transformer_module.window_mask = original
 

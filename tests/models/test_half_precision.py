@@ -1,5 +1,7 @@
 """Weights in half precision: the state stays float32, nothing becomes infinite, and results stay near."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -69,3 +71,29 @@ def test_a_state_that_is_rounded_at_each_write_is_caught():
 def run_once(model):
     output = model(stream(SEGMENT))
     return output.logits, output.memory_state
+
+
+@torch.no_grad()
+def drift(round_state, segments=256, every=64):
+    """Relative error of the longest-lived bank beside a float32 model's, as the stream goes on."""
+    case = next(case for case in VARIANTS if case.name.startswith("hds-fixed"))
+    case = replace(case, kinds={"hds": case.kinds["hds"] | {"half_life_max": 1024.0}})
+    whole, half = case.fresh().float(), case.fresh().to(torch.bfloat16)
+    mine = theirs = None
+    found = []
+    for number, part in enumerate(stream(segments * SEGMENT).split(SEGMENT, 1), 1):
+        theirs = whole(part, memory_state=theirs).memory_state
+        mine = half(part, memory_state=mine).memory_state
+        if round_state:
+            mine = mine.cast(torch.bfloat16).cast(torch.float32)
+        if number % every == 0:
+            a, b = (dict(state.named_tensors())["memories.0.banks"][:, -1] for state in (mine, theirs))
+            found.append(float((a - b).norm() / b.norm()))
+    return found
+
+
+def test_a_bank_that_lives_a_thousand_segments_does_not_drift_in_bf16():
+    """Its writes are smaller than bf16 resolves beside what it holds: rounded at each write, it drifts."""
+    kept, rounded = drift(False), drift(True)
+    assert max(kept) < 2**-8 and kept[-1] <= 1.25 * kept[0]
+    assert rounded[-1] > 1.5 * rounded[0] and rounded[-1] > 4 * kept[-1]

@@ -1,10 +1,12 @@
 """The model's interface: what it takes, returns and refuses; the laws are in tests/laws."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from memlib.config import Config, override
 from memlib.memory import MEMORIES
@@ -284,6 +286,48 @@ def test_gradient_checkpointing_changes_no_gradient(case):
         assert want is None or torch.equal(want, got)
 
 
+CHECKPOINTED = [
+    {},
+    {"recompute_every": 2},
+    {"recompute": "mlp"},
+    {"recompute": "selective"},
+]
+
+
+def recomputing(options):
+    """One training pass of a wider model in which `options` say what is computed again."""
+    changes = {
+        "model.hidden_dim": 64,
+        "model.intermediate_dim": 256,
+        "model.num_layers": 4,
+        "model.dropout": 0.1,
+    }
+    changes |= {f"training.{name}": value for name, value in options.items()}
+    case = next(case for case in RECOMPUTED if case.name.startswith("internal"))
+    torch.manual_seed(0)
+    model = stir(MemoryTransformer(override(case.config(), changes)).double()).train()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        output = model(ids(8, 8), labels=ids(8, 8))
+        output.loss.backward()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = list(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    highest = max(held)
+    return output.logits, [parameter.grad for parameter in model.parameters()], highest
+
+
+def test_every_granularity_keeps_less_and_changes_no_gradient():
+    logits, gradients, most = recomputing({})
+    peaks = []
+    for options in CHECKPOINTED:
+        again = recomputing({"gradient_checkpointing": True} | options)
+        assert torch.equal(logits, again[0])
+        for want, got in zip(gradients, again[1], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+        peaks.append(again[2] / most)
+    block, every_second, mlp, selective = peaks
+    assert block < every_second < 0.95 and block < mlp < 0.95 and block < selective < 0.95, peaks
+
+
 def test_gradient_checkpointing_keeps_less_in_training_only():
     plain, again = {}, {}
     trained(BASELINE, False, plain), trained(BASELINE, True, again)
@@ -299,5 +343,5 @@ def test_a_wrong_number_of_beginnings_is_refused():
     model(ids(), memory_state=state, fresh=fresh[:, 1:])
     with pytest.raises(ValueError, match="after 2 tokens of a segment that an earlier call began, begin 2"):
         model(ids(), memory_state=state, fresh=fresh)
-    with pytest.raises(ValueError, match="torch.int64"):
+    with pytest.raises(ValueError, match=r"torch\.int64"):
         model(ids(), fresh=fresh.long())

@@ -16,8 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
-from tests.models.sharded import ROWS, SEGMENTS, WORLD, steps
+from tests.laws.cases import SEGMENT, VOCAB
 from tests.pretrained.bases import adapter
+
+WORLD, ROWS, STEPS, SEGMENTS = 2, 4, 3, 3
 
 CASES = {
     "memory": (("internal", "external"), {}),
@@ -37,6 +39,26 @@ def build(name):
     model = adapter(kinds=kinds, **settings).train()
     model.base.loss_function = loss_in_float64
     return model
+
+
+def steps(model, rows, horizon):
+    """The losses of a few optimizer steps on some rows of the batch, clipped, with truncated gradients."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    losses = []
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(VOCAB, (ROWS, SEGMENTS * SEGMENT), generator=generator)[rows]
+        state, total = None, 0.0
+        for piece in ids.split(horizon * SEGMENT, 1):
+            output = model(piece, labels=piece, memory_state=state)
+            state = output.memory_state.detach()
+            output.loss.backward()
+            total += float(output.loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
 
 
 def one_process(rank: int, folder: str) -> None:

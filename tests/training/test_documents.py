@@ -1,15 +1,18 @@
 """Training on whole documents: in lanes, whose memory starts anew with each, and in buckets."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from memlib.config import ConfigError
+from memlib.training.parallel.ranks import Ranks
 from memlib.training.trainer import Trainer
 
 
 @pytest.fixture
 def documents(tmp_path):
-    """A function from `task.text.documents` to changes: 30 files of 20 to 300 bytes, each repeating its letter."""
+    """A function from `task.text.documents` to changes; 30 files, each of one letter."""
     folder = tmp_path / "files"
     folder.mkdir()
     for i in range(30):
@@ -47,7 +50,7 @@ def test_training_learns_and_resumes_bit_for_bit(how, tiny, documents, tmp_path)
 
 def test_a_step_in_lanes_has_the_gradient_of_its_documents_alone(tiny, documents):
     """The first batch of two lanes: one pass over it, and one over each row's documents by themselves."""
-    trainer = Trainer(tiny(documents("lanes") | {"task.segments": 12, "training.batch_size": 2}))
+    trainer = Trainer(tiny(documents("lanes") | {"task.segments": 60, "training.batch_size": 2}))
     batch, n = trainer.task.batch(2, 0), trainer.task.segment_length
     positions = int(batch.scored.sum())
     loss, _, _ = trainer.backward(batch, trainer.task, positions)
@@ -56,7 +59,7 @@ def test_a_step_in_lanes_has_the_gradient_of_its_documents_alone(tiny, documents
     alone = 0.0
     for row in range(2):
         borders = [*(n * batch.fresh[row].nonzero().flatten()).tolist(), batch.tokens.shape[1]]
-        for first, last in zip(borders, borders[1:], strict=False):
+        for first, last in pairwise(borders):
             where = slice(row, row + 1), slice(first, last)
             output = trainer.model(batch.tokens[where], batch.mask[where])
             scored = batch.scored[where]
@@ -71,8 +74,6 @@ def test_a_step_in_lanes_has_the_gradient_of_its_documents_alone(tiny, documents
 
 
 def test_a_pipeline_refuses_documents(tiny, documents, monkeypatch):
-    from memlib.training.parallel.ranks import Ranks
-
     monkeypatch.setattr(Ranks, "size", lambda self, axis: 2 if axis == "stage" else 1)
-    with pytest.raises(ConfigError, match="a pipeline's stages read joined documents only"):
+    with pytest.raises(ConfigError, match="stages read rows without padding"):
         Trainer(tiny(documents("lanes")))

@@ -13,6 +13,8 @@ from memlib.training.checkpoint import CheckpointError, flatten_optimizer, lates
 from memlib.training.log import read_log
 from memlib.training.trainer import Trainer, TrainingDiverged, load_model, load_run
 
+TIMES = ("cpu_seconds", "tokens_per_second", "mfu")  # other in every run
+
 
 def train(config, folder=None, until=None, resume=False):
     trainer = Trainer(config, folder, resume)
@@ -31,7 +33,7 @@ def tensors(trainer):
 
 def log(folder):
     """The run's records without the time they took."""
-    return [{k: v for k, v in r.items() if k != "cpu_seconds"} for r in read_log(folder)]
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_log(folder)]
 
 
 def same(mine, theirs):
@@ -95,6 +97,7 @@ def test_a_finished_run_opens_from_its_folder(tiny, tmp_path):
         "checkpoints",
         "config.yaml",
         "log.jsonl",
+        "run.json",
         "tensorboard",
     ]
     with pytest.raises(CheckpointError, match=r"nowhere: no checkpoint here; train one with memlib train"):
@@ -305,6 +308,7 @@ def test_training_stops_where_a_weight_is_no_number_and_says_which(tiny, tmp_pat
     assert "step 3: loss nan" in message
     assert "weights not finite: blocks.1.mlp.up_proj.weight" in message
     assert f"Last checkpoint: {latest_checkpoint(tmp_path)}" in message
+    assert "first bad output in the forward pass: of blocks.1.mlp.up_proj" in message
     assert "smaller learning rate" in message and "max_grad_norm below 1.0" in message
     after = dict(trainer.model.named_parameters())
     assert all(torch.equal(before[n], after[n]) or "up_proj" in n for n in before)

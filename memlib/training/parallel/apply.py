@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from memlib.config import ParallelConfig
+from memlib.config import ConfigError, ParallelConfig
 from memlib.models import MemoryTransformer
 from memlib.tasks.scoring import correct, scored_cross_entropy
 from memlib.training.parallel.pipeline import Pipeline
@@ -33,6 +33,12 @@ def distribute(model: MemoryTransformer, parallel: ParallelConfig, ranks: Ranks)
     """
     if ranks.mesh is None:
         return model
+    for layer, _, memory in model.stack:
+        if ranks.data_size > 1 and getattr(memory.config, "exploration", False):
+            raise ConfigError(
+                f"the {type(memory).__name__} of layer {layer} explores with noise of the whole batch, and "
+                f"{ranks.data_size} ranks would each draw their own; set its exploration to 0"
+            )
     parts: list[Any] = [model]
     whole: Any = model
     if ranks.size("stage") > 1:

@@ -53,4 +53,5 @@ def gradient_norm(gradients: list[Tensor], ranks: Ranks) -> float:
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for divided, part in squares.items():
         total += ranks.all_reduce(part, [AXES[axis] for axis in divided])
-    return float(ranks.all_reduce(total, ["stage"]).sqrt())
+    ranks.all_reduce(total, ["stage", "tensor"])  # over `tensor` only to agree: all have the same sum
+    return float((total / ranks.size("tensor")).sqrt())

@@ -38,6 +38,7 @@ from memlib.models.block import TransformerBlock
 from memlib.models.stack import MemoryStack, States
 from memlib.models.state import Window
 from memlib.models.transformer import read_blocks
+from memlib.nn.noise import Noise
 from memlib.tasks.scoring import correct
 from memlib.training.parallel.ranks import Ranks
 
@@ -88,18 +89,19 @@ class Stage(nn.Module):
         self.before: States = ()
         self.after: dict[int, States] = {}  # by the first row of each microbatch
 
-    def forward(self, stream: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+    def forward(self, stream: Tensor, rows: Tensor, ids: Tensor, keys: Tensor | None = None) -> Tensor:
         """stream: ids [b t] in the first stage, else the residual stream [b t d]; rows: [b], which rows of
-        the states these are. Returns the stream after these layers, or logits in the last stage."""
+        the states these are; keys: [b], of their `Noise`. Returns the stream after these layers, or
+        logits in the last stage."""
         state = MemoryState(tuple(state.rows(rows) for state in self.before), self.empty_window(rows))
-        length, read = self.config.model.segment_length, []
+        length, read = self.config.model.segment_length, list[Tensor]()
         blocks = {int(layer): block for layer, block in self.blocks.items()}
-        recompute = self.training and self.config.training.gradient_checkpointing
         segments = ids.split(length, 1)
         for piece, tokens in zip(stream.chunk(len(segments), 1), segments, strict=True):
             residual = piece if self.embedding is None else self.embedding(piece)
+            noise = None if keys is None else Noise(keys, segment=len(read))
             residual, state, _ = read_blocks(
-                blocks, self.stack, residual, tokens, None, state, length, recompute
+                blocks, self.stack, residual, tokens, None, state, length, self.config.training, noise
             )
             if self.norm is not None and self.head is not None:
                 residual = self.head(self.norm(residual))
@@ -178,7 +180,13 @@ class Pipeline(nn.Module):
     # ----------------------------------------------------------------------------------------- training
 
     def learn(
-        self, ids: Tensor, targets: Tensor, scored: Tensor, state: MemoryState | None, scale: float
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        scored: Tensor,
+        state: MemoryState | None,
+        scale: float,
+        noise: Noise | None = None,
     ) -> tuple[MemoryState, float, int]:
         """Add the gradients of scale x the sum of the losses at the scored positions.
 
@@ -197,7 +205,8 @@ class Pipeline(nn.Module):
         # A schedule's first step throws away the gradients of sharded stages (torch 2.13): keep the earlier.
         earlier = [p.grad for p in self.parameters()]
         self.zero_grad()
-        output = schedule.step(*given, rows=rows, ids=ids, **asked)
+        keys = {} if noise is None else {"keys": noise.keys}
+        output = schedule.step(*given, rows=rows, ids=ids, **keys, **asked)
         for p, gradient in zip(self.parameters(), earlier, strict=True):
             if gradient is not None:
                 p.grad = gradient if p.grad is None else p.grad + gradient

@@ -28,10 +28,15 @@ AXES = ("stage", "replicate", "shard", "tensor")
 
 @dataclass(frozen=True)
 class Ranks:
-    """mesh: of the axes above, None if this process is the only one; device: of this process."""
+    """mesh: of the axes above, None if this process is the only one; device: of this process.
+
+    files: all processes, for messages about checkpoints. These have a group of their own because a thread
+    may write a checkpoint while the processes train.
+    """
 
     device: torch.device
     mesh: DeviceMesh | None = None
+    files: dist.ProcessGroup | None = None
 
     def size(self, axis: str) -> int:
         return 1 if self.mesh is None else self.mesh[axis].size()
@@ -74,12 +79,21 @@ class Ranks:
                 dist.all_reduce(total, group=self.mesh.get_group(axis))
         return total
 
-    def gather(self, value: object) -> list[object]:
+    def most(self, values: list[float]) -> list[float]:
+        """The largest of all processes' values, equal on all."""
+        if self.mesh is None:
+            return values
+        largest = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        found: list[float] = largest.tolist()
+        return found
+
+    def gather(self, value: object, group: dist.ProcessGroup | None = None) -> list[object]:
         """The values of all processes, in the order of their ranks."""
         if self.mesh is None:
             return [value]
         found: list[object] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=group)
         return found
 
     def wait(self) -> None:
@@ -109,11 +123,16 @@ def join(config: Config) -> Ranks:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Ranks(device, make_mesh(config, device, world), dist.new_group(backend="gloo"))
+
+
+def make_mesh(config: Config, device: torch.device, world: int) -> DeviceMesh:
+    """The mesh of `world` processes."""
+    parallel = config.parallel
     stages, tensor = parallel.pipeline_parallel_size, parallel.tensor_parallel_size
     data = world // (stages * tensor)
     shard = {"ddp": 1, "fsdp": data, "hsdp": parallel.shard_size or 1}[parallel.distributed_strategy]
-    mesh = init_device_mesh(device.type, (stages, data // shard, shard, tensor), mesh_dim_names=AXES)
-    return Ranks(device, mesh)
+    return init_device_mesh(device.type, (stages, data // shard, shard, tensor), mesh_dim_names=AXES)
 
 
 def check_launch(config: Config, world: int) -> None:

@@ -86,6 +86,11 @@ def check(model: MemoryTransformer, parallel: ParallelConfig, size: int) -> None
             "parallel.loss_parallel: the output layer would be divided and the embedding not, but "
             "model.tie_embeddings makes them one; set one of the two to false"
         )
+    if parallel.sequence_parallel and config.model.dropout:
+        raise ConfigError(
+            f"parallel.sequence_parallel: model.dropout = {config.model.dropout} draws for whole rows, and a "
+            "rank has a part of their tokens; set one of the two to 0 or false"
+        )
     if parallel.sequence_parallel and config.model.segment_length % size:
         raise ConfigError(
             f"parallel.sequence_parallel: {size} ranks must divide model.segment_length = "

@@ -1,4 +1,4 @@
-"""Train the same models on one process and in every layout of two or four, and write down the differences.
+"""Train the same models on one process and in every layout of several, and write down the differences.
 
 Run by test_layouts.py: python -m tests.training.parallel.layouts WORLD FOLDER
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +42,18 @@ LAYOUTS = {
         "tensor x gpipe": TENSOR | STAGES | {"pipeline_schedule": "gpipe"},
         "interleaved x fsdp": FSDP | STAGES | {"pipeline_schedule": "interleaved"},
     },
+    8: {"fsdp x tensor x 1f1b": FSDP | TENSOR | STAGES},
 }
-FEW = ("baseline", "internal", "chapters")  # of the cases, with four processes
+FEW = {4: ("baseline", "internal", "chapters"), 8: ("internal",)}  # of the cases
 
 
 class Uneven(Task):
-    """Random tokens; a row's share of scored positions differs from row to row, and some rows have none."""
+    """Random tokens; a row's share of scored positions differs from row to row, and some rows have none.
 
-    chance, continues = 0.0, True
+    documents: some begin inside a row, and some segments end with padding.
+    """
+
+    chance, continues, documents = 0.0, True, False
 
     def batch(self, batch_size: int, step: int, seed: int = 0, split: str = "train") -> Batch:
         rng = np.random.default_rng([seed, step, split == "test"])
@@ -56,7 +61,13 @@ class Uneven(Task):
         stream = rng.integers(VOCAB, size=(batch_size, segments * SEGMENT + 1))
         share = np.arange(batch_size)[:, None] / batch_size
         scored = rng.random((batch_size, segments * SEGMENT)) < (share if split == "train" else 0.5)
-        return Batch.of(stream, scored, rng.random(batch_size) < 0.3)
+        batch = Batch.of(stream, scored, rng.random(batch_size) < 0.3)
+        if self.documents and split == "train":
+            real = np.arange(SEGMENT) < rng.integers(1, SEGMENT + 1, (batch_size, segments, 1))
+            mask = torch.from_numpy(real.reshape(batch_size, -1))
+            fresh = torch.from_numpy(rng.random((batch_size, segments)) < 0.3)
+            batch = replace(batch, scored=batch.scored & mask, mask=mask, fresh=fresh)
+        return batch
 
     def solve(self, row: list[int]) -> list[int]:
         return row
@@ -64,7 +75,9 @@ class Uneven(Task):
 
 class Trainer(training.Trainer):
     def make_task(self, config):
-        return Uneven(SEGMENT, 3)
+        task = Uneven(SEGMENT, 3)
+        task.documents = self.config.training.horizon == 1
+        return task
 
 
 def chosen() -> dict[str, Case]:
@@ -78,24 +91,36 @@ def chosen() -> dict[str, Case]:
     names |= {f"ltm, {variant}": next(n for n in found if n.startswith("ltm") and n.endswith(variant))
               for variant in ("residual_A", "residual_B")}  # fmt: skip
     names["external, joint"] = next(
-        n for n in found if n.startswith("external-joint") and n.endswith("per_layer")
+        n for n in found if n.startswith("external-joint") and n.endswith("query-per_layer")
     )
     return {"baseline": BASELINE} | {name: found[full] for name, full in names.items()}
 
 
-def curve(case: Case, changes: dict[str, object], horizon: int | None, layers: int) -> list[list[float]]:
+def curve(case: Case, changes: dict[str, object], options: dict[str, object]) -> list[list[float]]:
     """Loss, accuracy, gradient norm and routers' loss of each step, and at last test loss and accuracy."""
-    options = {
-        "model.num_layers": layers,
-        "model.vocab_size": VOCAB + 1,  # even, to be divided by two
-        "training.batch_size": ROWS,
-        "training.gradient_accumulation_steps": 2,
-        "training.warmup_steps": 0,
-        "training.max_grad_norm": 1.0,
-        "training.horizon": horizon,
-        "training.weight_decay": 0.1,
-        "training.eval_examples": 8,
-    } | {f"training.{name}_lr": 0.01 for name in ("base_model", "memory", "gate")}
+    options = (
+        options
+        | {
+            "model.vocab_size": VOCAB + 1,  # even, to be divided by two
+            "training.batch_size": ROWS,
+            "training.gradient_accumulation_steps": 2,
+            "training.warmup_steps": 0,
+            "training.max_grad_norm": 1.0,
+            "training.weight_decay": 0.1,
+            "training.eval_examples": 8,
+        }
+        | {f"training.{name}_lr": 0.01 for name in ("base_model", "memory", "gate")}
+    )
+    # All losses that need the whole batch, large enough to be seen.
+    if "chapters" in case.kinds:
+        options |= {"memory.chapters.load_balance_coefficient": 0.5}
+        for loss in ("auxiliary_loss", "z_loss"):
+            options |= {
+                f"memory.chapters.use_{loss}": True,
+                f"memory.chapters.{loss}_coefficient": 0.5,
+            }
+    if case.kinds.get("external", {}).get("retrieval_gate") == "query":
+        options["memory.external.retrieval_cost"] = 0.5
     if case is not BASELINE and "memory_layer_custom" not in case.memory:
         options["memory.memory_layer_placement"] = "all"
     config = override(case.config(), options | {f"parallel.{k}": v for k, v in changes.items()})
@@ -119,17 +144,20 @@ def one_process(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     results: dict[str, object] = {}
     for name, case in chosen().items():
-        if world == 4 and name not in FEW:
+        if name not in FEW.get(world, (name,)):
             continue
         for layout, changes in LAYOUTS[world].items():
-            horizon = 1 if layout in ("fsdp", "gpipe") else None
-            layers = 4 if "interleaved" in layout else max(2, case.layers)
+            options = {
+                "training.horizon": {"fsdp": 1, "tensor x gpipe": 2}.get(layout),
+                "model.num_layers": 4 if "interleaved" in layout else max(2, case.layers),
+                "model.dropout": 0.2 if layout in ("ddp", "1f1b", "fsdp x 1f1b", "tensor x gpipe") else 0.0,
+            }
             try:
-                got = curve(case, changes, horizon, layers)
+                got = curve(case, changes, options)
             except ConfigError as refused:
                 results[f"{name}: {layout}"] = str(refused)
                 continue
-            results[f"{name}: {layout}"] = {"got": got, "case": name, "horizon": horizon, "layers": layers}
+            results[f"{name}: {layout}"] = {"got": got, "case": name, "options": options}
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(results), encoding="utf-8")
     dist.destroy_process_group()
@@ -143,9 +171,9 @@ def compare(folder: str) -> None:
     alone: dict[object, object] = {}
     for result in results.values():
         if isinstance(result, dict):
-            key = result["case"], result["horizon"], result["layers"]
+            key = result["case"], json.dumps(result["options"])
             if key not in alone:
-                alone[key] = curve(chosen()[key[0]], {}, *key[1:])
+                alone[key] = curve(chosen()[key[0]], {}, result["options"])
             result["gap"] = float(np.abs(np.array(result["got"]) - np.array(alone[key])).max())
     gaps = {name: result["gap"] if isinstance(result, dict) else result for name, result in results.items()}
     Path(folder, "gaps.json").write_text(json.dumps(gaps), encoding="utf-8")
