@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from memlib.models.block import BlockOutput, TransformerBlock
 from memlib.training.checkpoint import latest_checkpoint
 from memlib.training.parallel.ranks import Ranks
 
@@ -46,7 +47,10 @@ def check_finite(
     gradients = [name for name, p in named if bad(p.grad)]
     found = f"weights not finite: {weights[0]}" if weights else "all weights are finite"
     if gradients:
-        found += f"; {len(gradients)} of {len(named)} gradients are not finite, first {gradients[0]}"
+        found += (
+            f"; {len(gradients)} of {len(named)} gradients are not finite, first {gradients[0]}, "
+            f"last {gradients[-1]} (the backward pass reaches the last one first)"
+        )
     if read_again is not None:
         with first_bad_output(model) as modules:
             read_again()
@@ -74,16 +78,22 @@ def bad(tensor: Tensor | None) -> bool:
 
 @contextmanager
 def first_bad_output(model: nn.Module) -> Iterator[list[str]]:
-    """Inside, note the names of modules that give NaN or +inf, innermost and earliest first.
+    """Inside, note the names of modules and memory states that get NaN or +inf, innermost and earliest first.
 
-    -inf is none: a gate that is shut has it.
+    A state is named by its block, its memory and its tensor. -inf is none: a gate that is shut has it.
     """
     found: list[str] = []
 
     def note(name: str, module: nn.Module, given: object, output: object) -> None:
-        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-        if any(bool((t.isnan() | t.isposinf()).any()) for t in tensors):
-            found.append(name)
+        named = [(name, tensor) for tensor in tree_leaves(output)]
+        if isinstance(output, BlockOutput):
+            written = zip(cast(TransformerBlock, module).memories, output.states, strict=False)
+            named = [(name, output.residual)]
+            for kind, state in written:
+                named += state.named_tensors(f"{name}.memories.{kind}.")
+        for label, t in named:
+            if isinstance(t, Tensor) and t.is_floating_point() and bool((t.isnan() | t.isposinf()).any()):
+                found.append(label)
 
     with ExitStack() as stack:
         for name, module in model.named_modules():

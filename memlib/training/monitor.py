@@ -2,7 +2,8 @@
 
     MFU = (tokens / s) (6 P + 12 L d n) / (processes x peak)
 
-P: parameters without the embedding, L layers, d hidden, n tokens of the window; the peak is that of a square
+Tokens are those that are not padding. P: parameters without the embedding, L layers, d hidden, n tokens of
+the window; what memories compute beyond their parameters is not counted; the peak is that of a square
 matrix product, measured here once. Source: PaLM, Chowdhery et al. 2022, arXiv 2204.02311, appendix B.
 """
 

@@ -199,7 +199,7 @@ class Trainer:
             task.batch(training.batch_size, self.step * count + i, training.seed) for i in range(count)
         ]
         positions = sum(int(batch.scored.sum()) for batch in batches)
-        self.monitor.tokens += sum(batch.tokens.numel() for batch in batches)
+        self.monitor.tokens += sum(batch.real_tokens for batch in batches)
         loss, right, routing, before = 0.0, 0, 0.0, self.carried
         for number, batch in enumerate(batches, self.step * count):
             batch_loss, batch_right, batch_routing = self.backward(batch, task, positions, number)

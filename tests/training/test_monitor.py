@@ -32,6 +32,18 @@ def test_speed_and_share_of_the_peak(tiny, tmp_path, monkeypatch):
             assert record["mfu"] == pytest.approx(tokens / 2 * flops / 1e9)
 
 
+def test_padding_does_not_count_as_speed(tiny, tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"{i:02}.txt").write_text("ab" * (5 + i))
+    text = {"task.name": "text", "task.text.dataset": str(folder), "task.text.documents": "lanes"}
+    trainer = Trainer(tiny(text | {"model.vocab_size": 256}))
+    batch = trainer.task.batch(4, 0)
+    trainer.train_step()
+    assert trainer.monitor.tokens == int(batch.mask.sum()) < batch.tokens.numel()
+
+
 def test_the_peak_is_that_of_a_product():
     peak = monitor.matmul_flops(torch.device("cpu"), torch.float32)
     assert 1e9 < peak < 1e14

@@ -324,6 +324,43 @@ def test_training_stops_where_a_gradient_is_no_number_and_says_which(tiny):
     assert "first norm.weight" in str(error.value) and "checkpoint: none" in str(error.value)
 
 
+class BadGradient(torch.autograd.Function):
+    """The identity; its gradient is NaN."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.nan
+
+
+def test_one_bad_gradient_does_not_hide_the_good_ones(tiny):
+    """Behind block 0's feed-forward all gradients are finite: clipping must not make them NaN."""
+    trainer = Trainer(tiny())
+    trainer.model.blocks[0].mlp.register_forward_hook(lambda mlp, given, out: BadGradient.apply(out))
+    with pytest.raises(TrainingDiverged) as error:
+        trainer.train(progress=False)
+    assert "all weights are finite" in str(error.value) and "first bad output" not in str(error.value)
+    assert "first embedding.weight, last blocks.0.mlp.down_proj.weight (" in str(error.value)
+
+
+def test_a_bad_write_is_named_by_block_and_memory(tiny, monkeypatch):
+    trainer = Trainer(tiny())
+    memory = trainer.model.blocks[1].memories["internal"]
+    write = type(memory).write
+
+    def bad_write(self, *arguments, **options):
+        state = write(self, *arguments, **options)
+        return state.map(lambda part: part * math.nan) if self is memory else state
+
+    monkeypatch.setattr(type(memory), "write", bad_write)
+    message = "first bad output in the forward pass: of blocks.1.memories.internal.slots"
+    with pytest.raises(TrainingDiverged, match=message):
+        trainer.train(progress=False)
+
+
 def test_a_vocabulary_too_small_for_the_task_is_refused(tiny):
     with pytest.raises(ConfigError, match=r"model.vocab_size = 13: task recall has 14 tokens; raise it"):
         Trainer(tiny({"model.vocab_size": 13}))
