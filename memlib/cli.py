@@ -228,9 +228,9 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("bench", help="speed of kernels and exports; how time and memory grow")
     command.add_argument(
         "name",
-        choices=["kernels", "complexity", "compiled", "balance"],
+        choices=["kernels", "complexity", "compiled", "balance", "windows"],
         help="kernels: beside their peers; complexity: exponents; compiled: exports beside their models; "
-        "balance: padding by layout of documents",
+        "balance: padding by layout of documents; windows: sliding windows beside full attention",
     )
     command.add_argument("--json", type=Path, help="also write the results here")
     command.set_defaults(run=bench)
@@ -529,7 +529,7 @@ def bench(arguments: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from memlib.evaluation import balance, compiled, complexity
+    from memlib.evaluation import balance, compiled, complexity, windows
     from memlib.files import write_text
     from memlib_kernels import bench as kernels
 
@@ -537,7 +537,7 @@ def bench(arguments: argparse.Namespace) -> int:
         print(line, file=sys.stderr)
 
     parts: dict[str, Any] = {"kernels": kernels, "complexity": complexity, "compiled": compiled}
-    parts["balance"] = balance
+    parts |= {"balance": balance, "windows": windows}
     part = parts[arguments.name]
     results = part.measure_all(log=log)
     print(part.to_table(results))

@@ -10,12 +10,14 @@ Two attentions over separate sets of keys, each with its lse, merge into one sof
     out = (1 - w) out_a + w out_b,        w = sigma(lse_b - lse_a)
 
 On a GPU a Triton kernel computes it (attention_kernel.py), on a CPU torch's flash kernel; in float64 outside
-the interpreter, and under torch.compile on a CPU, plain torch.
+the interpreter, and under torch.compile on a CPU, plain torch. There a sliding window of less than half the
+queries is computed in blocks.
 Sources: Vaswani et al. 2017, arXiv 1706.03762; Dao et al. 2022, arXiv 2205.14135 (lse and its backward pass).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import sqrt
 from typing import Any
 
@@ -29,6 +31,8 @@ from memlib_kernels.launch import runs_triton
 from memlib_kernels.merge_op import merge_op
 from memlib_kernels.rows import heads_last
 from memlib_kernels.tiles import has_tiles
+
+BAND = 64  # the least queries of a block of `banded`
 
 
 def flash_attention(
@@ -59,11 +63,41 @@ def flash_attention(
         out, lse = attention_op(q, k, v, None, valid, None, causal, window or 0, scale)
         return out, lse
     k, v = of_query_heads(q, k, v)
+    if causal and valid is None and window is not None and 2 * window < q.shape[-2] <= k.shape[-2]:
+        return banded(q, k, v, window, scale)
     plain = causal and q.shape[-2] == k.shape[-2] and window is None and valid is None
     mask = None if plain else allowed_keys(q, k, causal, window, valid)
-    if q.dtype == torch.float64:
-        return attention_with_lse_reference(q, k, v, mask, causal=plain, scale=scale)
-    return attention_with_lse(q, k, v, mask, causal=plain, scale=scale)
+    return unfused(q)(q, k, v, mask, causal=plain, scale=scale)
+
+
+def unfused(q: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Attention without Triton: in float64 plain torch, else torch's own kernel."""
+    return attention_with_lse_reference if q.dtype == torch.float64 else attention_with_lse
+
+
+def banded(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention to the newest `window` keys, in c blocks of r queries; each reads its 2 r keys.
+
+    Of the n m scores 2 n r are computed, r >= window. q, k, v: [b h n k], [b h m k], [b h m e],
+    n <= m.
+    """
+    b, n, m = len(q), q.shape[-2], k.shape[-2]
+    r = min(n, max(BAND, window))
+    more, first = -n % r, m - n - r  # queries to fill the last block; the first key that is read
+
+    def blocks(keys: Tensor) -> Tensor:
+        part = F.pad(keys[..., max(first, 0) :, :], (0, 0, max(-first, 0), more))
+        part = rearrange(part, "b h (c r) k -> (b h) c r k", r=r)
+        return torch.cat((part[:, :-1], part[:, 1:]), -2)
+
+    query, key = (torch.arange(size, device=q.device) for size in (r, 2 * r))
+    behind = rearrange(query + r, "r -> r 1") - key
+    block = rearrange(torch.arange((n + more) // r, device=q.device), "c -> c 1 1")
+    allowed = (behind >= 0) & (behind < window) & (block * r + first + key >= 0)
+    own = rearrange(F.pad(q, (0, 0, 0, more)), "b h (c r) k -> (b h) c r k", r=r)
+    out, lse = unfused(q)(own, blocks(k), blocks(v), allowed[None], scale=scale)
+    out = rearrange(out, "(b h) c r e -> b h (c r) e", b=b)[..., :n, :]
+    return out, rearrange(lse, "(b h) c r -> b h (c r)", b=b)[..., :n]
 
 
 def flash_attention_reference(

@@ -19,6 +19,9 @@ class ModelConfig:
     segment_length: int = option(
         512, "tokens n in a segment, which is also the attention window", 1, known_as="max_seq_len"
     )
+    attention_window: int | None = option(
+        None, "tokens of its segment that each token attends to, itself and the ones before; null: all", 1
+    )
     use_rope: bool = option(True, "rotary positions inside the window")
     tie_embeddings: bool = option(False, "the output layer reuses the embedding matrix")
     dropout: float = option(0.0, "dropout on each residual branch", 0.0, 0.99)

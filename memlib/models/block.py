@@ -52,7 +52,7 @@ class TransformerBlock(nn.Module):
     residual: [b n d]; past_keys, past_values: [b h p k], mask: as `SelfAttention` takes them; memory: what
     its memories need, None for a block without; noise: for dropout,
     None for torch's generator. out_scale: of the start of the maps into the residual
-    stream, 1 / sqrt(2 layers) in a model.
+    stream, 1 / sqrt(2 layers) in a model; attention_window: `SelfAttention`'s reach.
     """
 
     def __init__(
@@ -67,10 +67,11 @@ class TransformerBlock(nn.Module):
         use_rope: bool = True,
         dropout: float = 0.0,
         out_scale: float = 1.0,
+        attention_window: int | None = None,
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(hidden_dim)
-        self.attention = SelfAttention(hidden_dim, num_heads, use_rope, out_scale)
+        self.attention = SelfAttention(hidden_dim, num_heads, use_rope, out_scale, attention_window)
         self.memories = LayerMemories(memories)
         self.fusion: SoftmaxFusion | ResidualFusion | None = None
         self.extra_mlp: MLP | None = None

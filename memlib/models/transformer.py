@@ -73,6 +73,7 @@ class MemoryTransformer(nn.Module):
                 use_rope=model.use_rope,
                 dropout=model.dropout,
                 out_scale=(2 * model.num_layers) ** -0.5,
+                attention_window=model.attention_window,
             )
             for layer in range(model.num_layers)
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from memlib.nn.linear import Linear
 from memlib.nn.rotary import RotaryPositionalEmbedding
-from memlib.ops import attention, attention_with_lse
+from memlib.ops import attention, attention_with_lse, flash_attention
 
 
 def window_mask(n: int, valid: Tensor | None, past: int, device: torch.device) -> Tensor | None:
@@ -60,14 +60,21 @@ class SelfAttention(nn.Module):
     Returns the output [b n d] and the window's keys and values [b h p+n k].
 
     A block with memories inside its attention takes the three steps one by one: `project`, `attend`,
-    `o_proj`. out_scale: of W_o's start, 1 / sqrt(2 layers) in a model. Raises ValueError unless num_heads
-    divides hidden_dim. Source: Vaswani et al. 2017, arXiv 1706.03762.
+    `o_proj`. out_scale: of W_o's start, 1 / sqrt(2 layers) in a model; reach: how many newest tokens of the
+    window each token sees, itself included, None for all. Raises ValueError unless num_heads divides
+    hidden_dim. Sources: Vaswani et al. 2017, arXiv 1706.03762; Beltagy et al. 2020, arXiv 2004.05150 (reach).
     """
 
     def __init__(
-        self, hidden_dim: int, num_heads: int, use_rope: bool = True, out_scale: float = 1.0
+        self,
+        hidden_dim: int,
+        num_heads: int,
+        use_rope: bool = True,
+        out_scale: float = 1.0,
+        reach: int | None = None,
     ) -> None:
         super().__init__()
+        self.reach = reach
         if hidden_dim % num_heads:
             raise ValueError(f"num_heads = {num_heads}: must divide hidden_dim = {hidden_dim}")
         self.num_heads = num_heads  # on this process: tensor parallelism divides them
@@ -108,6 +115,13 @@ class SelfAttention(nn.Module):
         if past_keys.shape[-2]:
             keys = torch.cat((past_keys.to(k.dtype), k), -2)
             values = torch.cat((past_values.to(v.dtype), v), -2)
+        n, m = q.shape[-2], keys.shape[-2]
+        if self.reach is not None and self.reach < m:
+            if mask is None:
+                mixed, lse = flash_attention(q, keys, values, causal=True, window=self.reach)
+                return Attended(mixed, keys, values, lse)
+            near = torch.ones(n, m, dtype=torch.bool, device=q.device).triu(m - n - self.reach + 1)
+            mask = mask & near
         if logsumexp:
             mixed, lse = attention_with_lse(q, keys, values, mask, causal=mask is None)
             return Attended(mixed, keys, values, lse)

@@ -32,13 +32,15 @@ MANY_VARIANTS = 4  # a memory with more meets the sharings and fusions in turn, 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One architecture: `memory` holds MemoryConfig's options, `kinds` those of each memory."""
+    """One architecture: `memory` holds MemoryConfig's options, `kinds` those of each memory; window: of the
+    attention."""
 
     name: str
     memory: dict[str, Any]
     kinds: dict[str, dict[str, Any]]
     dtype: torch.dtype = torch.float64
     layers: int = 3
+    window: int | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -53,6 +55,7 @@ class Case:
                 intermediate_dim=24,
                 vocab_size=VOCAB,
                 segment_length=SEGMENT,
+                attention_window=self.window,
             ),
             memory=configuration.MemoryConfig(kinds=list(self.kinds), **parts, **self.memory, **memory),
         )
@@ -128,7 +131,8 @@ def pairs_of(pick: tuple[str, ...]) -> set[tuple[tuple[int, str], ...]]:
 
 
 def cases() -> list[Case]:
-    """The baseline; each memory in each variant, sharing and fusion; all memories in one model.
+    """The baseline; each memory in each variant, sharing and fusion; all memories in one model; the first and
+    the last with a sliding window too.
 
     Two layers, or three where the layers are not alike: one of two that share, or one without the memory.
     """
@@ -137,7 +141,7 @@ def cases() -> list[Case]:
         uneven = memory.get("memory_sharing") == "every_k_layers" or "memory_layer_custom" in memory
         return Case(name, memory, kinds, layers=3 if uneven else 2)
 
-    found = [BASELINE]
+    found = [BASELINE, replace(BASELINE, name="baseline-window", window=2)]
     for kind in MEMORIES:
         for i, options in enumerate(variants(kind)):
             every = i == 0 or len(variants(kind)) <= MANY_VARIANTS
@@ -155,6 +159,7 @@ def cases() -> list[Case]:
         together = {kind: variants(kind)[0] for kind in MEMORIES}
         found += [case(f"all-{s}", {"memory_sharing": s}, together) for s in SHARINGS]
         found += [case(f"all-{name}", fusion, together) for name, fusion in FUSIONS.items()]
+        found.append(replace(found[-1], name="all-window", window=2))
     return found
 
 
@@ -168,7 +173,7 @@ BASELINE = Case("baseline", {}, {})
 
 def without_memory(case: Case) -> Case:
     """The baseline in a case's type and number of layers."""
-    return replace(BASELINE, dtype=case.dtype, layers=case.layers)
+    return replace(BASELINE, dtype=case.dtype, layers=case.layers, window=case.window)
 
 
 def has_field(kind: str) -> bool:

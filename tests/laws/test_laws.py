@@ -59,13 +59,13 @@ def make(case: Case):
 
 
 @cache
-def baseline(layers, dtype):
-    return replace(BASELINE, layers=layers, dtype=dtype).build()
+def baseline(layers, dtype, window):
+    return replace(BASELINE, layers=layers, dtype=dtype, window=window).build()
 
 
 def plain(case: Case):
     """The transformer that a case is without its memory, built once."""
-    return baseline(case.layers, case.dtype)
+    return baseline(case.layers, case.dtype, case.window)
 
 
 @cache

@@ -4,6 +4,7 @@ import pytest
 import torch
 from einops import rearrange
 from torch import nn
+from torch.nn import functional as F
 
 from memlib.nn.attention import SelfAttention, window_mask
 
@@ -103,3 +104,71 @@ def test_without_past_and_padding_no_mask_is_made():
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="num_heads = 3: must divide hidden_dim = 8"):
         SelfAttention(8, 3)
+
+
+# ----------------------------------------------------------------------------------------- sliding window
+
+
+def by_masked_sdpa(attention, x, reach):
+    """torch's attention with the window as an explicit mask, keys and queries at their positions."""
+    q, k, v = attention.project(x)
+    if attention.rotary is not None:
+        q, k = attention.rotary(q), attention.rotary(k)
+    places = torch.arange(x.shape[1])
+    behind = places[:, None] - places
+    mixed = F.scaled_dot_product_attention(q, k, v, (behind >= 0) & (behind < reach))
+    return attention.output(mixed)
+
+
+def with_gradients(run, attention, x):
+    """The output, and the gradients of input and weights."""
+    x = x.clone().requires_grad_()
+    output = run(attention, x)
+    leaves = [x, *attention.parameters()]
+    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(5), dtype=output.dtype)
+    return output, *torch.autograd.grad(output, leaves, noise)
+
+
+@pytest.mark.parametrize("tokens", [N, 150])
+@pytest.mark.parametrize("reach", [1, 3, 5, 70])
+def test_a_sliding_window_is_torchs_attention_with_that_mask(attention, reach, tokens):
+    """In float64 and float32, with gradients; a window that is off by one is not."""
+    x = torch.randn(B, tokens, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for dtype, close in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
+        attention.to(dtype).reach = reach
+        none = (torch.zeros(B, H, 0, D // H, dtype=dtype),) * 2
+        got = with_gradients(lambda a, x: a(x, *none, None)[0], attention, x.to(dtype))  # noqa: B023
+        want = with_gradients(lambda a, x: by_masked_sdpa(a, x, reach), attention, x.to(dtype))
+        torch.testing.assert_close(got, want, rtol=close, atol=close)
+    for wrong in (reach - 1, reach + 1):
+        if wrong > 0 and min(reach, wrong) < tokens:
+            other = with_gradients(lambda a, x: by_masked_sdpa(a, x, wrong), attention, x.float())  # noqa: B023
+            with pytest.raises(AssertionError):
+                torch.testing.assert_close(got, other, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("pieces", [(2, 4), (5, 1), (1,) * N])
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_a_sliding_window_in_pieces_with_padding_equals_the_whole(attention, pieces, padded):
+    attention.reach = 2
+    x, (keys, values) = hidden(), empty()
+    valid = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 0, 1, 0, 0]]).bool() if padded else None
+    want, *_ = attention(x, *empty(), window_mask(N, valid, 0, x.device))
+    got = []
+    for piece in x.split(pieces, 1):
+        past, n = keys.shape[2], piece.shape[1]
+        seen = None if valid is None else valid[:, : past + n]
+        out, keys, values = attention(piece, keys, values, window_mask(n, seen, past, x.device))
+        got.append(out)
+    torch.testing.assert_close(torch.cat(got, 1), want)
+    attention.reach = 3
+    other, *_ = attention(x, *empty(), window_mask(N, valid, 0, x.device))
+    assert not torch.allclose(other, want)
+
+
+@torch.no_grad()
+def test_a_window_of_all_tokens_is_no_window(attention):
+    x, want = hidden(), attention(hidden(), *empty(), None)[0]
+    attention.reach = N
+    assert torch.equal(attention(x, *empty(), None)[0], want)

@@ -13,6 +13,8 @@ from memlib.ops import (
     attention_reference,
     attention_with_lse,
     attention_with_lse_reference,
+    flash_attention,
+    flash_attention_reference,
     merge,
     merge_reference,
 )
@@ -141,6 +143,31 @@ def test_the_lse_gradient_is_what_the_comparison_sees(agrees, monkeypatch):
     monkeypatch.setattr(module, "flash_backward", forgetful)
     with pytest.raises(AssertionError, match="gradient"):
         agrees(attention_with_lse, attention_with_lse_reference, inputs(2, 3, 5, 7, 4))
+
+
+# ------------------------------------------------------------------------------------------------ window
+
+WINDOWS = [(6, 9, 2), (65, 65, 3), (130, 130, 64), (200, 260, 70), (100, 700, 99), (3, 3, 1), (5, 4, 2)]
+
+
+@pytest.mark.parametrize(("n", "m", "window"), WINDOWS)
+def test_a_sliding_window_equals_its_reference(n, m, window, agrees, traces):
+    """In blocks, of which the last may be incomplete and the first may begin before the first key."""
+    options = {"causal": True, "window": window}
+    both = [lambda *x, op=op: op(*x, **options) for op in (flash_attention, flash_attention_reference)]
+    agrees(*both, inputs(2, 3, n, m, 4))
+    agrees(*both, inputs(2, 3, n, m, 4, torch.float32), atol=1e-5)
+    traces(both[0], inputs(2, 3, n, m, 4, torch.float32))
+
+
+@pytest.mark.parametrize("wrong", [63, 65])
+def test_a_window_off_by_one_is_seen(wrong, agrees):
+    with pytest.raises(AssertionError):
+        agrees(
+            lambda *x: flash_attention(*x, causal=True, window=wrong),
+            lambda *x: flash_attention_reference(*x, causal=True, window=64),
+            inputs(2, 3, 130, 130, 4),
+        )
 
 
 # ------------------------------------------------------------------------------------------------ merge
