@@ -109,7 +109,7 @@ def environment(ranks: Ranks) -> dict[str, object]:
         "python": platform.python_version(),
         "machine": platform.platform(),
         "device": str(ranks.device),
-        "processes": len(ranks.gather(None)),
+        "processes": ranks.count,
         **git_state(),
     }
 

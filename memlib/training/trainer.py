@@ -35,6 +35,7 @@ from memlib.config import (
 from memlib.evaluation import Score, evaluate
 from memlib.models import MemoryState, MemoryTransformer
 from memlib.models.info import count_parameters, format_params
+from memlib.models.stores import attached_stores
 from memlib.nn.noise import Noise
 from memlib.tasks import Batch, Task, make_task
 from memlib.training.checkpoint import (
@@ -120,6 +121,11 @@ class Trainer:
         `on_step(step, record)` is called after each step; if it returns false, training ends. With a folder,
         Ctrl-C and SIGTERM to any process end it after a step, save, and raise TrainingStopped on all.
         """
+        if self.ranks.count > 1 and self.pipeline is None and attached_stores(self.model):
+            raise ConfigError(
+                f"a store is attached to the model, and {self.ranks.count} processes train it: a state's "
+                "place in a store names a file of one process; use memlib.models.stores.detach_stores"
+            )
         training, record = self.config.training, {}
         end = training.max_steps if until is None else min(until, training.max_steps)
         log = None
