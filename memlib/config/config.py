@@ -162,6 +162,11 @@ def check_parallel(config: Config) -> None:
         )
     if stages == 1:
         return
+    if parallel.expert_parallel:
+        raise ConfigError(
+            f"parallel.expert_parallel: with pipeline_parallel_size = {stages} each microbatch would wait "
+            "for the other ranks' in every read; use parallel.distributed_strategy: fsdp without stages"
+        )
     parts = stages * (2 if parallel.pipeline_schedule == "interleaved" else 1)
     if parts > model.num_layers:
         raise ConfigError(

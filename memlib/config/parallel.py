@@ -40,6 +40,9 @@ class ParallelConfig:
     loss_parallel: bool = option(
         False, "with tensor parallelism: divide the output layer and the loss by vocabulary"
     )
+    expert_parallel: bool = option(
+        False, "divide the chapters of learned tokens among the data-parallel ranks, and send queries to them"
+    )
     pipeline_schedule: Literal["gpipe", "1f1b", "interleaved"] = option(
         "1f1b", "order of forward and backward passes; interleaved: two stages a process"
     )

@@ -137,23 +137,24 @@ class ChapterMemory(Memory):
             return self.attention(hidden, self.bank())
         choice = self.router.choose(self.summary(hidden, cast(ChapterState, state)))
         self.record(choice, hidden.shape[1])
-        bank = cast(ChapteredMemoryBank, self.bank)
         log_weights = choice.log_weights.to(hidden.dtype)
-        if choice.indices.shape[1] == 1:
-            chapters, place = gathered(choice.indices, bank.num_chapters)
-            bias = repeat(log_weights, "b 1 k -> b 1 (k t)", t=bank.tokens_per_chapter)
-            read = self.attention(hidden, bank.chapters(chapters), bias, rearrange(place, "b 1 k -> b k"))
-        else:
-            chapters, _ = gathered(choice.indices, bank.num_chapters)
-            closed = hidden.new_full((*hidden.shape[:2], bank.num_chapters), -torch.inf)
-            bias = closed.scatter(-1, choice.indices, log_weights)[..., chapters]
-            again = (rearrange(chapters, "u -> u 1") == chapters).tril(-1).any(-1)  # read once is enough
-            bias = repeat(
-                bias.masked_fill(again, -torch.inf), "b n u -> b n (u t)", t=bank.tokens_per_chapter
-            )
-            tokens = rearrange(bank.chapters(chapters), "u t e -> (u t) e")
-            read = self.attention(hidden, tokens, bias)
+        read = self.read_chapters(hidden, choice.indices, log_weights)
         return log_weights.exp().sum(-1, keepdim=True) * read
+
+    def read_chapters(self, hidden: Tensor, indices: Tensor, log_weights: Tensor) -> Tensor:
+        """Attention over the tokens of selected chapters: [b n d]; indices, log_weights: [b g k]."""
+        bank = cast(ChapteredMemoryBank, self.bank)
+        if indices.shape[1] == 1:
+            chapters, place = gathered(indices, bank.num_chapters)
+            bias = repeat(log_weights, "b 1 k -> b 1 (k t)", t=bank.tokens_per_chapter)
+            return self.attention(hidden, bank.chapters(chapters), bias, rearrange(place, "b 1 k -> b k"))
+        chapters, _ = gathered(indices, bank.num_chapters)
+        closed = hidden.new_full((*hidden.shape[:2], bank.num_chapters), -torch.inf)
+        bias = closed.scatter(-1, indices, log_weights)[..., chapters]
+        again = (rearrange(chapters, "u -> u 1") == chapters).tril(-1).any(-1)  # read once is enough
+        bias = repeat(bias.masked_fill(again, -torch.inf), "b n u -> b n (u t)", t=bank.tokens_per_chapter)
+        tokens = rearrange(bank.chapters(chapters), "u t e -> (u t) e")
+        return self.attention(hidden, tokens, bias)
 
     def write(self, hidden: Tensor, state: State, mask: Tensor) -> State:
         if not isinstance(state, ChapterState):

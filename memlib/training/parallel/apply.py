@@ -19,6 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from memlib.config import ConfigError, ParallelConfig
 from memlib.models import MemoryTransformer
 from memlib.tasks.scoring import correct, scored_cross_entropy
+from memlib.training.parallel.experts import divide_chapters
 from memlib.training.parallel.pipeline import Pipeline
 from memlib.training.parallel.ranks import Ranks
 from memlib.training.parallel.tensor import VocabularyLoss, divide_layers
@@ -49,14 +50,20 @@ def distribute(model: MemoryTransformer, parallel: ParallelConfig, ranks: Ranks)
             module.batch_sum = SumOverRows(ranks)
     if ranks.size("tensor") > 1:
         divide_layers(model, parallel, ranks.mesh["tensor"])
+    owned = set[nn.Parameter]()
+    if parallel.expert_parallel:
+        owned = divide_chapters(model, ranks, DTYPES[parallel.mixed_precision])
     if ranks.data_size > 1 or parallel.mixed_precision != "none":
         for part in parts:
-            shard(part, parallel, ranks)
+            shard(part, parallel, ranks, owned)
     return cast(MemoryTransformer, whole)
 
 
-def shard(part: Any, parallel: ParallelConfig, ranks: Ranks) -> None:
-    """Divide the parameters of a model or stage among the data-parallel ranks, block by block."""
+def shard(part: Any, parallel: ParallelConfig, ranks: Ranks, owned: set[nn.Parameter]) -> None:
+    """Divide the parameters of a model or stage among the data-parallel ranks, block by block.
+
+    owned: parameters that are divided already (`divide_chapters`).
+    """
     assert ranks.mesh is not None
     # States come in float32 and are cast where they are read (`LayerMemories.open`): a policy that cast the
     # inputs of a block would round what a memory keeps.
@@ -67,9 +74,9 @@ def shard(part: Any, parallel: ParallelConfig, ranks: Ranks) -> None:
     # Nothing here changes an output in place, which is what it warns of.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     axes: Any = ("replicate", "shard") if ranks.size("replicate") > 1 else "shard"
-    options: dict[str, Any] = {"mesh": ranks.mesh[axes], "mp_policy": policy}
+    options: dict[str, Any] = {"mesh": ranks.mesh[axes], "mp_policy": policy, "ignored_params": owned}
     blocks = list(part.blocks.children())
-    for module in shared_modules(blocks):  # a group of their own, which stays gathered
+    for module in shared_modules(blocks, owned):  # a group of their own, which stays gathered
         fully_shard(module, reshard_after_forward=False, **options)
     for block in blocks:
         fully_shard(block, reshard_after_forward=parallel.reshard_after_forward, **options)
@@ -84,7 +91,7 @@ def loss_of(parallel: ParallelConfig, ranks: Ranks) -> tuple[Callable[..., Tenso
     return loss.cross_entropy, loss.correct
 
 
-def shared_modules(blocks: list[nn.Module]) -> list[nn.Module]:
+def shared_modules(blocks: list[nn.Module], owned: set[nn.Parameter]) -> list[nn.Module]:
     """Modules whose parameters several blocks use, such as chapters' learned tokens."""
     used = Counter(id(p) for block in blocks for p in set(block.parameters()))
     owners = {
@@ -92,7 +99,7 @@ def shared_modules(blocks: list[nn.Module]) -> list[nn.Module]:
         for block in blocks
         for module in block.modules()
         for p in module.parameters(recurse=False)
-        if used[id(p)] > 1
+        if used[id(p)] > 1 and p not in owned
     }
     return list(owners.values())
 

@@ -99,6 +99,11 @@ def make_plan(config: Config, ranks: int, memory_gib: float = 80.0) -> Plan:
     check_launch(config, ranks)
     divided = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     data = ranks // divided
+    if parallel.expert_parallel:
+        raise ConfigError(
+            "parallel.expert_parallel: how many queries a rank receives depends on the router, which has no "
+            "values here; plan with parallel.expert_parallel=false, where a rank also gathers all chapters"
+        )
     alone = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "num_gpus": None}
     alone |= {"sequence_parallel": False, "loss_parallel": False}
     changes = {f"parallel.{name}": value for name, value in alone.items()} | {"training.device": "cpu"}

@@ -25,6 +25,7 @@ from tests.laws.cases import BASELINE, SEGMENT, VOCAB, Case, cases, stir
 ROWS, STEPS = 4, 2
 FSDP = {"distributed_strategy": "fsdp"}
 TENSOR = {"tensor_parallel_size": 2}
+EXPERTS = {"expert_parallel": True}
 STAGES = {"pipeline_parallel_size": 2, "pipeline_microbatches": 2}
 LAYOUTS = {
     2: {
@@ -34,17 +35,22 @@ LAYOUTS = {
         "tensor": TENSOR,
         "tensor, sequence, loss": TENSOR | {"sequence_parallel": True, "loss_parallel": True},
         "1f1b": STAGES,
+        "ddp, experts": EXPERTS,
+        "fsdp, experts": FSDP | EXPERTS | {"reshard_after_forward": True},
     },
     4: {
         "hsdp": {"distributed_strategy": "hsdp", "shard_size": 2},
         "fsdp x tensor": FSDP | TENSOR | {"sequence_parallel": True, "loss_parallel": True},
         "fsdp x 1f1b": FSDP | STAGES,
         "tensor x gpipe": TENSOR | STAGES | {"pipeline_schedule": "gpipe"},
+        "hsdp, experts": {"distributed_strategy": "hsdp", "shard_size": 2} | EXPERTS,
+        "fsdp x tensor, experts": FSDP | TENSOR | {"sequence_parallel": True} | EXPERTS,
         "interleaved x fsdp": FSDP | STAGES | {"pipeline_schedule": "interleaved"},
     },
     8: {"fsdp x tensor x 1f1b": FSDP | TENSOR | STAGES},
 }
-FEW = {4: ("baseline", "internal", "chapters"), 8: ("internal",)}  # of the cases
+FEW = {4: ("baseline", "internal", "chapters", "chapters, token"), 8: ("internal",)}  # of the cases
+EXPERT_CASES = ("chapters", "chapters, token", "internal")
 
 
 class Uneven(Task):
@@ -93,7 +99,15 @@ def chosen() -> dict[str, Case]:
     names["external, joint"] = next(
         n for n in found if n.startswith("external-joint") and n.endswith("query-per_layer")
     )
-    return {"baseline": BASELINE} | {name: found[full] for name, full in names.items()}
+    names["window"] = "baseline-window"
+    # One selection per token in evaluation; tokens in full rank, which layers share.
+    wide = {"use_low_rank_memory": False, "memory_dim": None, "top_k_chapters": 1}
+    token = found[next(n for n in found if n.startswith("chapters") and "token" in n)]
+    token = replace(
+        token, memory={"memory_sharing": "shared"}, kinds={"chapters": token.kinds["chapters"] | wide}
+    )
+    chosen_cases = {"baseline": BASELINE} | {name: found[full] for name, full in names.items()}
+    return chosen_cases | {"chapters, token": token}
 
 
 def curve(case: Case, changes: dict[str, object], options: dict[str, object]) -> list[list[float]]:
@@ -152,6 +166,8 @@ def one_process(rank: int, world: int, folder: str) -> None:
                 "model.num_layers": 4 if "interleaved" in layout else max(2, case.layers),
                 "model.dropout": 0.2 if layout in ("ddp", "1f1b", "fsdp x 1f1b", "tensor x gpipe") else 0.0,
             }
+            if changes.get("expert_parallel") and name not in EXPERT_CASES:
+                continue
             try:
                 got = curve(case, changes, options)
             except ConfigError as refused:

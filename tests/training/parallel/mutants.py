@@ -22,7 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from memlib.models import MemoryTransformer
 from memlib.nn.noise import Noise
 from memlib.training import trainer as training
-from memlib.training.parallel import apply, pipeline
+from memlib.training.parallel import apply, experts, pipeline
 from memlib.training.parallel.ranks import Ranks
 from tests.laws.cases import stir
 from tests.training.parallel import layouts
@@ -60,6 +60,17 @@ def counted(stage, stream, rows, ids, keys=None, right=pipeline.Stage.forward):
     return right(stage, stream, (rows + stage.calls) % len(rows), ids, keys)
 
 
+def forgets_the_logsumexp(memory, counts, queries, right=experts.attend_own):
+    """Chapters are merged by the router's weights alone, however well their tokens match."""
+    results = right(memory, counts, queries)
+    return torch.cat((results[..., :-1], torch.zeros_like(results[..., -1:])), -1)
+
+
+def keeps_its_gradients(ctx, gradient):
+    """Gradients of queries and results do not return to the rank that they came from."""
+    return gradient.new_zeros(sum(ctx.splits[0]), *gradient.shape[1:]), None, None, None
+
+
 # name: case, layout, dropout, horizon, what is replaced by what
 MUTANTS = {
     "each rank clips by its own norm": (
@@ -75,7 +86,14 @@ MUTANTS = {
         "baseline", "ddp", 0.2, None, [(Noise, "of", keyed_by_the_ranks_own_rows)]),
     "all ranks read the same rows": ("baseline", "ddp", 0.0, None, [(Ranks, "rows", first_rows)]),
     "gradients of data ranks are not summed": (
-        "baseline", "ddp", 0.0, None, [(apply, "shard", lambda part, parallel, ranks: None)]),
+        "baseline", "ddp", 0.0, None, [(apply, "shard", lambda *arguments: None)]),
+    "owners leave the log-sum-exp out": (
+        "chapters", "ddp, experts", 0.0, None, [(experts, "attend_own", forgets_the_logsumexp)]),
+    "gradients do not travel back to other ranks": (
+        "chapters", "ddp, experts", 0.0, None,
+        [(experts._Exchange, "backward", staticmethod(keeps_its_gradients))]),
+    "owners sum what the others average": (
+        "chapters", "ddp, experts", 0.0, None, [(experts, "averaged", lambda size, gradient: gradient)]),
     "a stage counts its calls": ("internal", "1f1b", 0.0, None, [(pipeline.Stage, "forward", counted)]),
 }  # fmt: skip
 

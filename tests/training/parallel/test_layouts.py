@@ -19,6 +19,11 @@ REFUSED = {  # a layout's name, a case's name -> why
     ("tensor x gpipe", "chapters"): "adds a loss of the whole batch",
     ("interleaved x fsdp", "chapters"): "adds a loss of the whole batch",
 }
+REFUSED |= {(layout, "chapters, token"): why for (layout, case), why in REFUSED.items() if case == "chapters"}
+REFUSED |= {
+    (layout, "internal"): "has no chapters"
+    for layout in ("ddp, experts", "fsdp, experts", "hsdp, experts", "fsdp x tensor, experts")
+}
 
 
 @pytest.mark.slow
