@@ -54,7 +54,12 @@ def main(argv: list[str] | None = None) -> int:
     Training that a signal stopped has exit status 128 + the signal's number.
     """
     parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    changes = [word for word in rest if "=" in word and not word.startswith("-")]
+    if changes != rest or (rest and not hasattr(arguments, "changes")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if changes:  # path=value behind an option, which argparse does not put together with those before it
+        arguments.changes += changes
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt as stopped:

@@ -20,6 +20,7 @@ from torch import Tensor
 from memlib_kernels.addressed_op import addressed_read_op, addressed_weights_op
 from memlib_kernels.dispatch import apply, eager_cpu
 from memlib_kernels.launch import runs_triton
+from memlib_kernels.tiles import has_tiles
 
 
 def addressed_weights(query: Tensor, table: Tensor, sharpness: Tensor | float = 1.0) -> Tensor:
@@ -27,7 +28,7 @@ def addressed_weights(query: Tensor, table: Tensor, sharpness: Tensor | float = 
 
     query: [b n h k], table: [h s k], sharpness: a number or a learned scalar -> [b n h s].
     """
-    if runs_triton(query, table) and query.numel() and table.numel():
+    if runs_triton(query, table) and takes_kernel("addressed_weights", query, sharpness, table):
         return addressed_weights_op(*prepared(query, table, sharpness))
     query = query * sharpness
     if eager_cpu(query, table) and query.numel():
@@ -49,7 +50,7 @@ def addressed_read(
     -> [b n e], of the query's dtype. A kernel reads without storing the addresses: where the slots are also
     written at these addresses, call `addressed_weights` once, then `read_at`.
     """
-    if runs_triton(query, table, slots, share) and query.numel() and slots.numel():
+    if runs_triton(query, table, slots, share) and takes_kernel("addressed_read", query, sharpness, slots):
         return addressed_read_op(*prepared(query, table, sharpness), slots, share)[0]
     return read_at(addressed_weights(query, table, sharpness), slots, share)
 
@@ -71,6 +72,15 @@ def read_at(address: Tensor, slots: Tensor, share: Tensor | None = None) -> Tens
     flat = rearrange(slots.to(address.dtype), "b h s e -> b (h s) e")
     y = rearrange(address, "b n h s -> b n (h s)") @ flat
     return y if share is not None else y / address.shape[2]
+
+
+def takes_kernel(operation: str, query: Tensor, sharpness: Tensor | float, read: Tensor) -> bool:
+    """Whether a kernel serves these arguments: something to read, in sizes and a dtype that have tiles.
+
+    read: [… s k] or [… s e], the slots' table or the slots.
+    """
+    dtype, rows = torch.result_type(query, sharpness), tuple(read.shape[-2:])
+    return bool(query.numel() and read.numel()) and has_tiles(operation, dtype, query.shape[-1], rows=rows)
 
 
 def prepared(query: Tensor, table: Tensor, sharpness: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:

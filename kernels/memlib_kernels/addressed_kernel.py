@@ -337,10 +337,10 @@ def addressed_read_backward_slots(
 # ---------------------------------------------------------------------------------------------- the launches
 
 
-def constants(kernel: str, query: Tensor, width: int) -> tuple[dict[str, Any], Tile]:
-    """The constants that all kernels share, and the tile. width: the widest axis of a row."""
+def constants(kernel: str, query: Tensor) -> tuple[dict[str, Any], Tile]:
+    """The constants that all kernels share, and the tile."""
     k = query.shape[-1]
-    used = tile(kernel, width, query.dtype)
+    used = tile(kernel, k, query.dtype)
     return {
         "K_WIDTH": k,
         "BLOCK_K": next_power(k),
@@ -353,10 +353,10 @@ def constants(kernel: str, query: Tensor, width: int) -> tuple[dict[str, Any], T
 
 def weights(query: Tensor, table: Tensor, sharpness: Tensor) -> Tensor:
     """Arguments and result as for `memlib_kernels::addressed_weights`."""
-    (b, n, h, k), s = query.shape, table.shape[1]
+    (b, n, h, _), s = query.shape, table.shape[1]
     query, table = dense(query.flatten(0, 1), table)
     out = query.new_empty(b, n, h, s)
-    shared, used = constants("addressed_weights_forward", query, k)
+    shared, used = constants("addressed_weights_forward", query)
     launch(
         addressed_weights_forward,
         (-(-b * n // used.n), h),
@@ -375,14 +375,14 @@ def weights_backward(
     grad = grad.contiguous()
     wide = torch.promote_types(query.dtype, torch.float32)
     delta, dsharpness = (query.new_empty(b * n, h, dtype=wide) for _ in range(2))
-    shared, used = constants("addressed_weights_backward_query", query, k)
+    shared, used = constants("addressed_weights_backward_query", query)
     launch(
         addressed_weights_backward_query,
         (-(-b * n // used.n), h),
         grad, address, query, table, sharpness, dquery, dsharpness, delta,
         *strides(query, 2), *strides(table, 2), b * n, h, s, **shared,
     )  # fmt: skip
-    shared, used = constants("addressed_weights_backward_table", query, k)
+    shared, used = constants("addressed_weights_backward_table", query)
     tiles = -(-b * n // used.n)
     part = -(-tiles // PARTS) * used.n
     dtable = table.new_empty(-(-b * n // part), h, s, k, dtype=wide)
@@ -408,11 +408,11 @@ def read(
     query: Tensor, table: Tensor, sharpness: Tensor, slots: Tensor, share: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results as for `memlib_kernels::addressed_read`."""
-    (b, n, h, k), (s, e) = query.shape, slots.shape[2:]
+    (b, n, h, _), (s, e) = query.shape, slots.shape[2:]
     query, table, slots = dense(query, table, slots)
     out, wide = query.new_empty(b, n, e), torch.promote_types(query.dtype, torch.float32)
     top, total = (query.new_empty(b, n, h, dtype=wide) for _ in range(2))
-    shared, used = constants("addressed_read_forward", query, max(k, e))
+    shared, used = constants("addressed_read_forward", query)
     width = part_of(query, e)
     launch(
         addressed_read_forward,
@@ -445,21 +445,21 @@ def read_backward(
     sizes = (*strides(share, 3), n, h, s, e)
     width = part_of(query, e)
     options = {"BLOCK_E": width, "SHARE": share is not None}
-    shared, used = constants("addressed_read_backward_query", query, max(k, e))
+    shared, used = constants("addressed_read_backward_query", query)
     launch(
         addressed_read_backward_query,
         (-(-n // used.n), b * h),
         query, table, sharpness, slots, weighted, grad, top, total, dquery, dsharpness, dshare,
         *steps, *strides(slots, 3), *sizes, **shared, **options,
     )  # fmt: skip
-    shared, used = constants("addressed_read_backward_table", query, max(k, e))
+    shared, used = constants("addressed_read_backward_table", query)
     launch(
         addressed_read_backward_table,
         (-(-s // used.m), b * h),
         query, table, sharpness, slots, weighted, grad, top, total, dshare, dtable,
         *steps, *strides(slots, 3), *sizes, **shared, **options,
     )  # fmt: skip
-    shared, used = constants("addressed_read_backward_slots", query, max(k, e))
+    shared, used = constants("addressed_read_backward_slots", query)
     launch(
         addressed_read_backward_slots,
         (-(-s // used.m), b * h, -(-e // width)),

@@ -1,7 +1,7 @@
 """Compile kernels for a GPU that need not be here, and read the compiler's report of each.
 
     with compile_only("sm_90") as compiled:
-        flash_attention(q, k, v, causal=True)  # tensors on the meta device, or CPU tensors
+        flash_attention(q, k, v, causal=True)  # CPU tensors; a *_kernel.py takes meta tensors too
     print(compiled[0].report())
 
 Triton contains the compilers of both makers. The launch code runs as on a GPU, and Triton specialises each
@@ -46,6 +46,9 @@ TENSOR_MEMORY_LIMIT = 512
 
 # The matrix instruction that each GPU was built for. Older ones still run, at half the speed and less.
 OWN_PRODUCT = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma", "gfx950": "mfma"}
+
+# Rows that one of these instructions multiplies at least. A smaller tile is multiplied by an older one.
+LEAST_SIDE = {"wgmma": 64, "tcgen05": 64}
 
 PRODUCTS = {
     "mma.sync": r"\bmma\.sync\.aligned\.m\d+n\d+k\d+\.row\.col\.(?:satfinite\.)?\w+\.(\w+)",

@@ -30,6 +30,7 @@ from memlib_kernels.attention_op import attention_op
 from memlib_kernels.launch import runs_triton
 from memlib_kernels.merge_op import merge_op
 from memlib_kernels.rows import heads_last
+from memlib_kernels.tiles import has_tiles
 
 BAND = 64  # the least queries of a block of `banded`
 
@@ -56,7 +57,7 @@ def flash_attention(
     """
     check_heads(q, k, v, window, valid)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if runs_triton(q, k, v):
+    if takes_kernel(q, k, v):
         q, k, v = autocast(q, k, v)
         valid = None if valid is None else valid.to(torch.uint8)
         out, lse = attention_op(q, k, v, None, valid, None, causal, window or 0, scale)
@@ -170,7 +171,7 @@ def attention(
     that may attend to nothing. Raises ValueError if both mask and causal are given.
     """
     check_mask(mask, causal)
-    if runs_triton(q, k, v, mask) and q.numel():
+    if takes_kernel(q, k, v, mask) and q.numel():
         return by_triton(q, k, v, mask, causal, scale)[0]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
 
@@ -203,7 +204,7 @@ def attention_with_lse(
     float32 at least, -inf for a query that may attend to nothing.
     """
     check_mask(mask, causal)
-    if runs_triton(q, k, v, mask) and q.numel():
+    if takes_kernel(q, k, v, mask) and q.numel():
         return by_triton(q, k, v, mask, causal, scale)
     q, k, v = autocast(q, k, v)
     learned = mask is not None and mask.is_floating_point() and mask.requires_grad
@@ -228,6 +229,19 @@ def attention_with_lse_reference(
     score = scores(q, k, mask, causal, scale)
     weight = softmax_or_zero(score)
     return einsum(weight, v.to(weight.dtype), "b h n m, b h m e -> b h n e").to(v.dtype), logsumexp(score)
+
+
+def takes_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> bool:
+    """Whether a Triton kernel computes it: `runs_triton`, and the sizes and dtype have tiles."""
+    if not runs_triton(q, k, v, mask):
+        return False
+    dtype = autocast(q.new_empty(0))[0].dtype
+    return has_tiles("attention", dtype, q.shape[-1], v.shape[-1], rows=mask_rows(mask))
+
+
+def mask_rows(mask: Tensor | None) -> tuple[int, ...]:
+    """The length of a mask's rows, if it has one for each query: what `has_tiles` asks for."""
+    return () if mask is None or mask.ndim < 2 or mask.shape[-2] == 1 else (mask.shape[-1],)
 
 
 def by_triton(
@@ -277,7 +291,7 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, logit: Ten
     out_a, out_b: [b h n k]; lse_a, lse_b: [b h n]; logit: a number or broadcastable to [b h n] -> [b h n k].
     Where b is shut (lse_b or logit is -inf) the result is out_a, bit for bit.
     """
-    if runs_triton(out_a, lse_a, out_b, lse_b):
+    if runs_triton(out_a, lse_a, out_b, lse_b) and has_tiles("merge", out_a.dtype, out_a.shape[-1]):
         return merge_op(out_a, lse_a, out_b, (lse_b + logit).expand_as(lse_a))
     weight = merge_weight(lse_a, lse_b, logit)
     return torch.lerp(out_a, out_b, rearrange(weight, "b h n -> b h n 1").to(out_a.dtype))

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from memlib_kernels.dispatch import apply, eager_cpu
 from memlib_kernels.gated_write_op import gated_write_op
 from memlib_kernels.launch import runs_triton
+from memlib_kernels.tiles import has_tiles
 
 
 def gated_write(slots: Tensor, strength: Tensor, erase: Tensor, values: Tensor) -> Tensor:
@@ -38,9 +39,11 @@ def gated_write(slots: Tensor, strength: Tensor, erase: Tensor, values: Tensor) 
     slots: [b s e], strength, erase: [b n s], values: [b n e] -> [b s e]. erase must lie in 0 … 1; at 1 the
     earlier content of a slot is erased completely. It costs less if strength and erase are one tensor.
     """
-    if runs_triton(slots, strength, erase, values) and slots.numel() and values.numel():
-        return gated_write_op(slots, strength, erase, values)
     dtype = torch.promote_types(slots.dtype, torch.float32)
+    rows = tuple(slots.shape[1:])
+    takes = runs_triton(slots, strength, erase, values) and has_tiles("gated_write", dtype, rows=rows)
+    if takes and slots.numel() and values.numel():
+        return gated_write_op(slots, strength, erase, values)
     same = erase is strength
     wide = [t.to(dtype) for t in (slots, strength, erase, values)]
     if eager_cpu(*wide) and all(t.numel() for t in wide):

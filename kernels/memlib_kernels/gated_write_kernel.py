@@ -28,7 +28,7 @@ from torch import Tensor
 from memlib_kernels.attention_kernel import strides
 from memlib_kernels.launch import launch
 from memlib_kernels.rows import dense
-from memlib_kernels.tiles import Tile, accumulator, next_power, precision, tile
+from memlib_kernels.tiles import ANY, Tile, accumulator, next_power, precision, tile
 
 WIDEST = 64  # numbers of a tile along the slot width: more would spill registers
 
@@ -185,11 +185,12 @@ def gated_write_backward_values(
 def constants(kernel: str, slots: Tensor, e: int) -> tuple[dict[str, Any], Tile]:
     """The constants that the kernels share, and the tile: n tokens by m slots. Products are of float32."""
     wide = torch.promote_types(slots.dtype, torch.float32)
-    used = tile(kernel, e, wide)
+    width = min(next_power(e), WIDEST)
+    used = tile(kernel, width, wide)
     return {
         "BLOCK_T": used.n,
         "BLOCK_S": used.m,
-        "BLOCK_E": min(next_power(e), WIDEST),
+        "BLOCK_E": width,
         "PRECISION": precision(slots.new_empty(0, dtype=wide)),
         "ACC": accumulator(slots),
     } | used.options, used
@@ -220,7 +221,7 @@ def backward(
     later, kept = slots.new_empty(b, n, s, dtype=wide), slots.new_empty(b, s, dtype=wide)
     grad = grad.contiguous()
     slots, strength, erase, values = dense(slots, strength, erase, values)
-    used = tile("gated_write_later", 1, wide)
+    used = tile("gated_write_later", ANY, wide)
     launch(
         gated_write_later,
         (-(-s // used.m), b),

@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.jit import JITFunction
 
-from memlib_kernels.launch import Grid, Runner, using
+from memlib_kernels.launch import INTERPRETER, Grid, Runner, using
 from memlib_kernels.tiles import Tile
 
 Builder: Any = triton_interpreter.InterpreterBuilder
@@ -144,7 +144,7 @@ def interpreted(block: int | Tile | None = 16, record: bool = False) -> Iterator
         kept.launches.append((kernel.fn.__name__, grid))
         interpret(kernel, grid, args, constants, kept if record else None)
 
-    with using(Runner(run, "interpreter", tile)):
+    with using(Runner(run, INTERPRETER, tile)):
         yield kept
 
 

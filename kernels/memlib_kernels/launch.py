@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 
 Grid = tuple[int, ...]
 
+INTERPRETER = "interpreter"
+
 
 @dataclass(frozen=True)
 class Runner:
-    """run(kernel, grid, args, constants); target: "sm_90", "gfx942", … or "interpreter"; tile: that of every
+    """run(kernel, grid, args, constants); target: "sm_90", "gfx942", … or INTERPRETER; tile: that of every
     kernel, or None for the table's."""
 
     run: Callable[[Any, Grid, tuple[Any, ...], dict[str, Any]], None]
@@ -74,7 +76,7 @@ def launch(kernel: Any, grid: Grid, *args: Any, **constants: Any) -> None:
 
 
 def target() -> str:
-    """What the current launch is compiled for: "sm_90", "gfx942", …, or "interpreter"."""
+    """What the current launch is compiled for: "sm_90", "gfx942", …, or INTERPRETER."""
     found = _RUNNER.get()
     if found is not None:
         return found.target

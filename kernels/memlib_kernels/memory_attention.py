@@ -25,9 +25,15 @@ from einops import einsum, rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlib_kernels.attention import attention, attention_with_lse, autocast, logsumexp, softmax_or_zero
+from memlib_kernels.attention import (
+    attention,
+    attention_with_lse,
+    autocast,
+    logsumexp,
+    softmax_or_zero,
+    takes_kernel,
+)
 from memlib_kernels.attention_op import attention_op
-from memlib_kernels.launch import runs_triton
 from memlib_kernels.selected import gathered, selected_scores, selected_sum, top_index
 
 FLASH_FROM = 2**21  # scores from which the flash kernel is faster: 8 MiB, more than a core's cache
@@ -70,7 +76,7 @@ def memory_attention(
         y, lse = read_selected(q, keys, values, bias, selected(q, keys, bias, top_k), return_lse)
     elif not q.numel() or not slots:
         y, lse = q @ keys.transpose(-1, -2) @ values, q.new_full(q.shape[:-1], -torch.inf)
-    elif runs_triton(q, keys, values, bias):
+    elif takes_kernel(q, keys, values, bias):
         q, keys, values = autocast(q, keys, values)
         y, lse = attention_op(q, keys, values, bias, None, places, False, 0, 1.0)
     elif places is not None:
@@ -242,7 +248,7 @@ def read_selected(
     q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """By the slots that each query selected, index: [b h n j]."""
-    if runs_triton(q, keys, values, bias) and (bias is None or per_slot(bias)):
+    if takes_kernel(q, keys, values, bias) and (bias is None or per_slot(bias)):
         return cast(tuple[Tensor, Tensor], attention_op(q, keys, values, bias, None, index, False, 0, 1.0))
     best = selected_scores(q, keys, index)
     if bias is not None:

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memlib_kernels.launch import runs_triton
-from memlib_kernels.norm_op import WIDEST, norm_op
+from memlib_kernels.norm_op import norm_op
 from memlib_kernels.philox import uniform
 from memlib_kernels.rms_norm import rms_norm
+from memlib_kernels.tiles import has_tiles
 
 
 def fused_norm(
@@ -47,7 +48,7 @@ def fused_norm(
     Raises ValueError for arguments that do not fit.
     """
     check(x, weight, bias, kind, residual, dropout, seed, activation)
-    if runs_triton(x, weight, bias, residual) and x.shape[-1] <= WIDEST:
+    if runs_triton(x, weight, bias, residual) and has_tiles("norm", x.dtype, x.shape[-1]):
         y, total = norm_op(x, weight, bias, residual, kind, dropout, seed or 0, activation or "none", eps)
         return y if residual is None else (y, total)
     total = x if residual is None else x + residual

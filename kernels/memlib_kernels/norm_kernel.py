@@ -23,7 +23,6 @@ from memlib_kernels.launch import launch
 from memlib_kernels.rows import as_rows
 from memlib_kernels.tiles import accumulator, next_power, tile
 
-LARGEST = 2**12  # numbers of a tile of several rows: more would spill registers
 PROGRAMS = 512  # at most, of the backward pass: each adds two rows to the sums of dweight and dbias
 
 
@@ -124,20 +123,17 @@ def norm_backward(
 def constants(
     kernel: str, rows: Tensor, bias: Tensor | None, kind: str, dropout: float, activation: str
 ) -> dict[str, Any]:
-    """The constants that both passes share. A long row takes more warps: one program holds all of it."""
-    width = next_power(rows.shape[-1])
+    """The constants that both passes share."""
     used = tile(kernel, rows.shape[-1], rows.dtype)
     return {
-        "BLOCK_N": min(used.n, max(1, LARGEST // width)),
-        "BLOCK_D": width,
+        "BLOCK_N": used.n,
+        "BLOCK_D": next_power(rows.shape[-1]),
         "LAYER": kind == "layer",
         "BIAS": bias is not None,
         "DROPOUT": dropout > 0,
         "ACTIVATION": activation,
         "ACC": accumulator(rows),
-        "num_warps": max(used.warps, min(16, width // 512)),
-        "num_stages": used.stages,
-    }
+    } | used.options
 
 
 def forward(

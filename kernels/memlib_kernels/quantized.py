@@ -21,9 +21,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlib_kernels.attention import attention, attention_reference
+from memlib_kernels.attention import attention, attention_reference, mask_rows
 from memlib_kernels.launch import runs_triton
-from memlib_kernels.quantized_op import fits, quantized_read_op
+from memlib_kernels.quantized_op import fits, quantized_read_op, width_of
+from memlib_kernels.tiles import has_tiles
 
 
 def quantized_read(
@@ -64,7 +65,9 @@ def kernel_takes(
 ) -> bool:
     """Whether the kernel serves these arguments; torch serves all. It gives no gradient to a bias."""
     learned = mask is not None and mask.requires_grad
-    return not learned and fits(*keys) and fits(*values) and bool(q.numel() and keys[0].numel())
+    served = not learned and fits(*keys) and fits(*values) and bool(q.numel() and keys[0].numel())
+    widths = width_of(keys[0]), width_of(values[0])
+    return served and has_tiles("quantized", q.dtype, *widths, rows=mask_rows(mask))
 
 
 def quantized_read_reference(

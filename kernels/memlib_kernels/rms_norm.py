@@ -15,12 +15,13 @@ from torch import Tensor
 
 from memlib_kernels.dispatch import apply, eager_cpu
 from memlib_kernels.launch import runs_triton
-from memlib_kernels.norm_op import WIDEST, norm_op
+from memlib_kernels.norm_op import norm_op
+from memlib_kernels.tiles import has_tiles
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x: […  d], weight: [d] -> [… d], of x's dtype. Statistics in float32 at least."""
-    if runs_triton(x, weight) and x.shape[-1] <= WIDEST:
+    if runs_triton(x, weight) and has_tiles("norm", x.dtype, x.shape[-1]):
         return norm_op(x, weight, None, None, "rms", 0.0, 0, "none", eps)[0]
     if eager_cpu(x, weight) and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
         return apply(RMSNorm, x, weight, eps)[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memlib_kernels.launch import launch
 from memlib_kernels.rows import as_rows, tile_grid
-from memlib_kernels.tiles import accumulator, tile
+from memlib_kernels.tiles import ANY, accumulator, tile
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def silu_mul_backward(
 def forward(gate: Tensor, up: Tensor) -> Tensor:
     out = gate.new_empty(gate.shape)
     (gate, gate_n), (up, up_n) = as_rows(gate), as_rows(up)
-    used = tile("silu_mul_forward", gate.shape[-1], gate.dtype)
+    used = tile("silu_mul_forward", ANY, gate.dtype)
     launch(
         silu_mul_forward,
         tile_grid(gate, used),
@@ -68,7 +68,7 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
 def backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
     (grad, grad_n), (gate, gate_n), (up, up_n) = as_rows(grad), as_rows(gate), as_rows(up)
-    used = tile("silu_mul_backward", gate.shape[-1], gate.dtype)
+    used = tile("silu_mul_backward", ANY, gate.dtype)
     launch(
         silu_mul_backward,
         tile_grid(gate, used),

@@ -15,6 +15,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,8 @@ from memlib.models.protocol import RecurrentModel
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 States = MemoryState | Sequence[MemoryState] | None
+
+COLDEST = 1e-6  # below, differences of logits divided by the temperature leave float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +52,16 @@ class GenerationConfig:
     cached: bool = True
 
     def __post_init__(self) -> None:
+        stops = [("stop_tokens", token) for token in self.stop_tokens]
+        for name, number in (("max_new_tokens", self.max_new_tokens), ("top_k", self.top_k), *stops):
+            if number is not None and not isinstance(number, Integral):
+                raise ValueError(f"{name} = {number!r}: must be a whole number (an int)")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens = {self.max_new_tokens}: must be at least 1")
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature = {self.temperature}: must be 0 (the most probable token) or more")
+        if self.temperature and not COLDEST <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature = {self.temperature}: must be 0 (the most probable token) or at least {COLDEST}"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k = {self.top_k}: must be at least 1, or None for all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -156,6 +165,11 @@ class TokenStream(Iterator[Token]):
         if not self.going:
             return
         config, going = self.config, list(self.going)
+        if broken := [row for row in going if not bool(self.logits[row].isfinite().any())]:
+            raise ValueError(
+                f"the model's logits of row {broken[0]} are no numbers: its weights or its memory state hold "
+                "NaN; load an earlier checkpoint or state"
+            )
         chosen = choose(
             torch.stack([self.logits[row] for row in going]),
             config.temperature,

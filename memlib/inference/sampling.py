@@ -29,7 +29,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     Source: nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751.
     """
     ordered, order = torch.sort(torch.softmax(logits, -1), dim=-1, descending=True, stable=True)
-    dropped = torch.cumsum(ordered, -1) - ordered >= p
+    dropped = torch.cumsum(ordered, -1) - ordered >= max(p, torch.finfo(ordered.dtype).tiny)
     return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
 
 

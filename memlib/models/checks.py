@@ -12,13 +12,15 @@ from memlib.models.state import MemoryState
 if TYPE_CHECKING:
     from memlib.models.protocol import RecurrentModel
 
+IGNORED = -100  # a label that is not predicted, as in transformers
+
 
 def check_inputs(
     input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, vocab_size: int
 ) -> None:
-    """Raise ValueError for shapes that do not fit and ids outside the vocabulary.
+    """Raise ValueError for types and shapes that do not fit, and ids and labels outside the vocabulary.
 
-    Looks at the ids' values, hence not while a graph is compiled.
+    Looks at values, hence not at those while a graph is compiled.
     """
     if input_ids.ndim != 2 or not input_ids.numel():
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [batch, tokens], not empty")
@@ -26,6 +28,22 @@ def check_inputs(
         if tensor is not None and tensor.shape != input_ids.shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}: expected input_ids' {tuple(input_ids.shape)}"
+            )
+    for name, tensor in (("input_ids", input_ids), ("labels", labels)):
+        if tensor is not None and tensor.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{name} is {tensor.dtype}: pass whole numbers, with {name}.long()")
+    if labels is not None and not torch.compiler.is_compiling():
+        predicted = labels[:, 1:][labels[:, 1:] != IGNORED]
+        if not predicted.numel():
+            raise ValueError(
+                f"labels are all {IGNORED} behind the first token: nothing is left to predict; leave them "
+                "out, or label at least one token"
+            )
+        low, high = int(predicted.min()), int(predicted.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"labels hold {low if low < 0 else high}: labels are ids, 0 … {vocab_size - 1}, or {IGNORED} "
+                "where nothing is predicted"
             )
     if not torch.compiler.is_compiling():
         low, high = int(input_ids.min()), int(input_ids.max())

@@ -40,6 +40,8 @@ from memlib.training.checkpoint import prune_checkpoints, save_checkpoint, set_s
 from memlib.training.divergence import check_finite
 from memlib.training.log import RunLog
 from memlib.training.optimizer import make_schedule
+from memlib.training.parallel.gradients import clip
+from memlib.training.parallel.ranks import Ranks
 from memlib.training.resume import checkpoint_to_resume, progress_of, resume_checkpoint
 from memlib.training.stopping import StopSignals, TrainingStopped
 
@@ -136,7 +138,7 @@ class Finetuning:
         parts = [self.backward(batch, positions) for batch in batches]
         loss, right, routing = (sum(column) for column in zip(*parts, strict=True))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm or math.inf))
+        norm = clip(parameters, training.max_grad_norm or math.inf, Ranks(torch.device(training.device)))
         check_finite(loss, norm, self.step, self.adapter, self.optimizer, training.max_grad_norm, self.folder)
         rates = {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         self.optimizer.step()

@@ -49,6 +49,11 @@ class Batch:
             torch.from_numpy(starts),
         )
 
+    @property
+    def real_tokens(self) -> int:
+        """Number of tokens that are not padding."""
+        return self.tokens.numel() if self.mask is None else int(self.mask.sum())
+
     def rows(self, which: slice) -> Batch:
         """Some of the rows."""
         return self._each(lambda part: part[which])

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from memlib.config import InstructionsConfig
+from memlib.models.checks import IGNORED as IGNORED
 from memlib.tasks.row_stream import Row, RowStream, check_same
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FIELD = "task.instructions"
-IGNORED = -100  # the label that torch's cross-entropy leaves out
 MARKS_ASSISTANT = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 Message = dict[str, str]

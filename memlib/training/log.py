@@ -32,6 +32,12 @@ class RunLog:
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
+    def describe(self, start: dict[str, object]) -> None:
+        """Add a start of the run to `run.json`: versions, code, machine, command."""
+        path = self.path.with_name("run.json")
+        starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        write_text(path, json.dumps([*starts, start], indent=1) + "\n")
+
     def __enter__(self) -> Self:
         return self
 

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from memlib.config import (
 )
 from memlib.evaluation import Score, evaluate
 from memlib.models import MemoryState, MemoryTransformer
+from memlib.models.info import count_parameters, format_params
+from memlib.models.stores import attached_stores
 from memlib.nn.noise import Noise
 from memlib.tasks import Batch, Task, make_task
 from memlib.training.checkpoint import (
@@ -47,6 +50,7 @@ from memlib.training.checkpoint import (
 )
 from memlib.training.divergence import TrainingDiverged, check_finite
 from memlib.training.log import RunLog
+from memlib.training.monitor import Monitor, environment
 from memlib.training.optimizer import make_optimizer, make_schedule
 from memlib.training.parallel.apply import distribute, loss_of
 from memlib.training.parallel.checkpoint import Saver, collect
@@ -88,7 +92,10 @@ class Trainer:
         self.stages = [
             (s.from_step, self.make_task(override(config.task, s.set))) for s in training.curriculum
         ]
-        self.model = distribute(MemoryTransformer(config).to(self.device), config.parallel, self.ranks)
+        model = MemoryTransformer(config).to(self.device)
+        parameters = count_parameters(model) - model.embedding.weight.numel()
+        self.model = distribute(model, config.parallel, self.ranks)
+        self.monitor = Monitor(self.model, config, self.ranks, parameters)
         self.pipeline = self.model if isinstance(self.model, Pipeline) else None
         self.loss, self.correct = loss_of(config.parallel, self.ranks)
         self.loss_scale = LossScale(config.parallel.mixed_precision)
@@ -114,6 +121,11 @@ class Trainer:
         `on_step(step, record)` is called after each step; if it returns false, training ends. With a folder,
         Ctrl-C and SIGTERM to any process end it after a step, save, and raise TrainingStopped on all.
         """
+        if self.ranks.count > 1 and self.pipeline is None and attached_stores(self.model):
+            raise ConfigError(
+                f"a store is attached to the model, and {self.ranks.count} processes train it: a state's "
+                "place in a store names a file of one process; use memlib.models.stores.detach_stores"
+            )
         training, record = self.config.training, {}
         end = training.max_steps if until is None else min(until, training.max_steps)
         log = None
@@ -121,6 +133,10 @@ class Trainer:
             if self.step:  # resumed, maybe with other training options
                 save_config(self.config, self.folder / "config.yaml")
             log = RunLog(self.folder, self.step)
+        if self.folder:
+            made_by = environment(self.ranks)
+            if log:
+                log.describe(made_by)
         bar = tqdm(
             total=end,
             initial=self.step,
@@ -131,7 +147,9 @@ class Trainer:
         with bar, log or nullcontext(), StopSignals(self.folder is not None) as signals:
             while self.step < end and not self.out_of_time():
                 before = time.process_time()
-                record = self.train_step()
+                shown = (self.step + 1) % training.log_steps == 0 or self.step + 1 == end
+                with self.monitor.listening(shown):
+                    record = self.train_step()
                 spent = self.cpu_seconds + self.ranks.sum([time.process_time() - before])[0]
                 self.cpu_seconds, signal, failed = self.ranks.most(
                     [spent, signals.received, self.saver.failed]
@@ -141,10 +159,14 @@ class Trainer:
                 self.step += 1
                 bar.update()
                 last = self.step == end or self.out_of_time()
-                if self.step % training.log_steps == 0 or last:
-                    bar.set_postfix(loss=f"{record['loss']:.3f}", accuracy=f"{record['accuracy']:.3f}")
+                if shown or last:
+                    seen = self.monitor.report()
+                    bar.set_postfix_str(
+                        f"loss {record['loss']:.3f}, accuracy {record['accuracy']:.3f}, "
+                        f"{format_params(round(seen['tokens_per_second']))} tokens/s"
+                    )
                     if log:
-                        log.write(self.step, cpu_seconds=self.cpu_seconds, **record)
+                        log.write(self.step, cpu_seconds=self.cpu_seconds, **record, **seen)
                 if self.folder and (self.step % training.save_steps == 0 or last or signal):
                     self.save()
                 self.stop_if(signal)
@@ -177,7 +199,8 @@ class Trainer:
             task.batch(training.batch_size, self.step * count + i, training.seed) for i in range(count)
         ]
         positions = sum(int(batch.scored.sum()) for batch in batches)
-        loss, right, routing = 0.0, 0, 0.0
+        self.monitor.tokens += sum(batch.real_tokens for batch in batches)
+        loss, right, routing, before = 0.0, 0, 0.0, self.carried
         for number, batch in enumerate(batches, self.step * count):
             batch_loss, batch_right, batch_routing = self.backward(batch, task, positions, number)
             loss, right, routing = loss + batch_loss, right + batch_right, routing + batch_routing
@@ -189,7 +212,15 @@ class Trainer:
         rates = {f"lr_{g['name']}": g["lr"] for g in self.optimizer.param_groups}
         if not self.loss_scale.overflowed(norm):
             check_finite(
-                loss, norm, self.step, self.model, self.optimizer, training.max_grad_norm, self.folder
+                loss,
+                norm,
+                self.step,
+                self.model,
+                self.optimizer,
+                training.max_grad_norm,
+                self.folder,
+                partial(self.read_again, batches, task, before) if self.pipeline is None else None,
+                self.ranks,
             )
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -238,6 +269,13 @@ class Trainer:
                 (total * weight).backward()
         self.carried = state if task.continues else None
         return loss, right, routing
+
+    def read_again(self, batches: list[Batch], task: Task, carried: MemoryState | None) -> None:
+        """Pass a step's batches through the model once more, without gradients, as the step did."""
+        self.carried, count = carried, len(batches)
+        with torch.no_grad():
+            for number, batch in enumerate(batches, self.step * count):
+                self.backward(batch, task, 1, number)
 
     def noise(self, number: int, start: int, rows: slice) -> Noise | None:
         """The dropout of some rows in batch `number` from a token on; None without dropout."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from memlib.inference import GenerationConfig, TokenStream, generate, stream
 from memlib.inference.generate import drained
 from memlib.inference.sampling import seeded
 from memlib.memory import MEMORIES
+from memlib.models.eval_mode import eval_mode
 from memlib.models.stores import attach_stores
 from tests.laws.cases import BASELINE, SEGMENT, VOCAB, Case, stir, variants
 from tests.laws.laws import same, same_state
@@ -303,3 +307,59 @@ def test_a_config_may_be_kept_and_used_again():
     want = generate(model, torch.tensor([[1, 2]]), max_new_tokens=5)
     assert tokens.tokens[0] == want.row(0)
     same("config", "tokens", drained(tokens).tokens[0], want.tokens[0], within=0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_new_tokens": 2.5}, "max_new_tokens = 2.5: must be a whole number"),
+        ({"max_new_tokens": 0}, "max_new_tokens = 0: must be at least 1"),
+        ({"top_k": 1.5, "temperature": 1.0}, "top_k = 1.5: must be a whole number"),
+        ({"stop_tokens": (1, 2.0)}, "stop_tokens = 2.0: must be a whole number"),
+        ({"temperature": 1e-46}, "temperature = 1e-46: must be 0 .* or at least 1e-06"),
+        ({"temperature": float("nan")}, "temperature = nan"),
+        ({"temperature": -1.0}, "temperature = -1.0"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_at_the_door(options, said):
+    with pytest.raises(ValueError, match=said):
+        GenerationConfig(**options)
+
+
+def test_the_smallest_nucleus_is_the_most_probable_token():
+    model, (ids, mask) = CASES[1].build().float(), prompts()
+    sampled = generate(model, ids, mask, max_new_tokens=5, temperature=1.0, top_p=1e-300)
+    coldest = generate(model, ids, mask, max_new_tokens=5, temperature=1e-6)
+    greedy = generate(model, ids, mask, max_new_tokens=5)
+    assert torch.equal(sampled.tokens, greedy.tokens) and torch.equal(coldest.tokens, greedy.tokens)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_of_nan_says_no_token(temperature):
+    model = CASES[1].build()
+    with torch.no_grad():
+        model.norm.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"logits of row 0 are no numbers: .* load an earlier checkpoint"):
+        generate(model, *prompts(), max_new_tokens=3, temperature=temperature)
+
+
+def test_threads_that_generate_leave_a_model_in_training():
+    """The last one out restores what the first one in found, in whatever order they overlap."""
+    model = CASES[1].build().train()
+    inside, seen = threading.Barrier(4), []
+
+    def enter(order):
+        with eval_mode(model):
+            inside.wait()
+            time.sleep(0.01 * order)
+            seen.append(model.training)
+
+    threads = [threading.Thread(target=enter, args=(order,)) for order in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [False] * 4 and model.training
+    with eval_mode(model):
+        assert not model.training
+    assert model.training

@@ -1,4 +1,7 @@
-"""Every row of tiles.json for NVIDIA's GPUs, compiled again through the launchers."""
+"""Rows of tiles.json for NVIDIA's GPUs, compiled again through the launchers.
+
+Two of each kernel and GPU; `python -m memlib_kernels.tile_search --check` compiles all.
+"""
 
 from __future__ import annotations
 

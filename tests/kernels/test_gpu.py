@@ -68,15 +68,15 @@ def cases() -> dict[str, tuple[Callable, Callable, list[Tensor]]]:
     sharp = torch.tensor(4.0, dtype=torch.float64)
     read = [normal(2, 100, 4, 32), table, sharp, normal(2, 4, 128, 64)]
     found["addressed read"] = (addressed_read, addressed_read_reference, read)
-    rates = [torch.rand(2, 50, 200, dtype=torch.float64) * 0.1 for _ in range(2)]
-    write = [normal(2, 200, 64), *rates, normal(2, 50, 64)]
+    rates = [torch.rand(2, 50, 208, dtype=torch.float64) * 0.1 for _ in range(2)]
+    write = [normal(2, 208, 64), *rates, normal(2, 50, 64)]
     found["gated write"] = (gated_write, gated_write_reference, write)
     for kind in ("rms", "layer"):
         options = {"kind": kind, "activation": "relu"}
         found[f"fused norm, {kind}"] = (
             lambda x, w, b, r, o=options: fused_norm(x, w, b, residual=r, **o),
             lambda x, w, b, r, o=options: fused_norm_reference(x, w, b, residual=r, **o),
-            [normal(2, 50, 300), normal(300), normal(300), normal(2, 50, 300)],
+            [normal(2, 50, 304), normal(304), normal(304), normal(2, 50, 304)],
         )
     found["silu mul"] = (silu_mul, silu_mul_reference, [normal(50, 300), normal(50, 300)])
     return found

@@ -14,6 +14,7 @@ from memlib_kernels.norm import fused_norm, fused_norm_reference
 from memlib_kernels.norm_op import norm_backward_op, norm_op
 from memlib_kernels.philox import philox, uniform
 from memlib_kernels.rms_norm import rms_norm, rms_norm_reference
+from memlib_kernels.tiles import Tile
 
 FEW = settings(max_examples=5, deadline=None, derandomize=True)
 FORMS = {
@@ -73,10 +74,10 @@ def test_rows_of_the_backward_pass_are_summed_by_few_programs(within_twice_torch
     compare(within_twice_torch, inputs(75, 18), kind="layer")
 
 
-def test_a_tile_of_long_rows_has_few_of_them(within_twice_torch, monkeypatch):
+def test_a_tile_of_one_row(within_twice_torch, monkeypatch):
     from memlib_kernels import norm_kernel
 
-    monkeypatch.setattr(norm_kernel, "LARGEST", 64)
+    monkeypatch.setattr(norm_kernel, "tile", lambda *key: Tile(1, 64))
     compare(within_twice_torch, inputs(5, 40), kind="layer", dropout=0.2, seed=3)
 
 

@@ -80,6 +80,12 @@ def test_the_loss_is_next_token_cross_entropy_with_the_shift_made_here():
             r"holds 11: ids are 0 … 10; .*raise model.vocab_size",
         ),
         ({"input_ids": torch.tensor([[-1, 3]])}, r"holds -1: ids are 0 … 10"),
+        ({"input_ids": ids().float()}, r"input_ids is torch.float32: pass whole numbers"),
+        ({"input_ids": ids(), "labels": ids().double()}, r"labels is torch.float64: pass whole numbers"),
+        ({"input_ids": ids(), "labels": ids() + 5}, r"labels hold 1\d: labels are ids, 0 … 10, or -100"),
+        ({"input_ids": ids(), "labels": ids() - 99}, r"labels hold -\d\d: labels are ids"),
+        ({"input_ids": ids(), "labels": ids() * 0 - 100}, r"all -100 .*: nothing is left to predict"),
+        ({"input_ids": ids()[:, :1], "labels": ids()[:, :1]}, r"nothing is left to predict"),
         (
             {"input_ids": ids(), "memory_state": build().init_state(3)},
             r"memory_state holds 3 streams, input_ids 2: pick rows with memory_state.rows",

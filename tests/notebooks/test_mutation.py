@@ -25,6 +25,12 @@ LIBRARIES = ["IPython.core.interactiveshell", "anywidget", "matplotlib.pyplot", 
 CAUGHT = r"AssertionError|\. NO\n|has no attribute 'times'"
 
 MUTANTS = {
+    "all ranks read the same rows": (
+        "12_many_processes",
+        "training/parallel/ranks.py",
+        "return slice(self.data_rank * share, (self.data_rank + 1) * share)",
+        "return slice(0, share)",
+    ),
     "forget gate pinned to 1": (
         "03_internal_memory",
         "memory/internal.py",
@@ -159,6 +165,7 @@ def first_red(notebook: str, path: str) -> str | None:
     from IPython.utils.capture import capture_output
 
     sys.path.insert(0, path)
+    os.environ["PYTHONPATH"] = path  # for processes that a notebook starts
     os.chdir(ROOT / "notebooks")
     os.environ["MEMLIB_HOME"] = path
     shell = InteractiveShell.instance()

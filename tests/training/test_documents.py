@@ -44,6 +44,8 @@ def test_training_learns_and_resumes_bit_for_bit(how, tiny, documents, tmp_path)
     resumed = Trainer(config, tmp_path / "broken", resume=True)
     resumed.train(progress=False)
     assert (resumed.carried is not None) == (how == "lanes")
+    starts = resumed.task.batch(4, 20, config.training.seed).starts
+    assert bool(starts.all()) == (how == "buckets")  # a lane goes on inside a document
     for name, tensor in tensors(straight).items():
         assert torch.equal(tensors(resumed)[name], tensor), name
 

@@ -13,6 +13,8 @@ from memlib.training.checkpoint import CheckpointError, flatten_optimizer, lates
 from memlib.training.log import read_log
 from memlib.training.trainer import Trainer, TrainingDiverged, load_model, load_run
 
+TIMES = ("cpu_seconds", "tokens_per_second", "mfu")  # other in every run
+
 
 def train(config, folder=None, until=None, resume=False):
     trainer = Trainer(config, folder, resume)
@@ -31,7 +33,7 @@ def tensors(trainer):
 
 def log(folder):
     """The run's records without the time they took."""
-    return [{k: v for k, v in r.items() if k != "cpu_seconds"} for r in read_log(folder)]
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_log(folder)]
 
 
 def same(mine, theirs):
@@ -95,6 +97,7 @@ def test_a_finished_run_opens_from_its_folder(tiny, tmp_path):
         "checkpoints",
         "config.yaml",
         "log.jsonl",
+        "run.json",
         "tensorboard",
     ]
     with pytest.raises(CheckpointError, match=r"nowhere: no checkpoint here; train one with memlib train"):
@@ -305,6 +308,7 @@ def test_training_stops_where_a_weight_is_no_number_and_says_which(tiny, tmp_pat
     assert "step 3: loss nan" in message
     assert "weights not finite: blocks.1.mlp.up_proj.weight" in message
     assert f"Last checkpoint: {latest_checkpoint(tmp_path)}" in message
+    assert "first bad output in the forward pass: of blocks.1.mlp.up_proj" in message
     assert "smaller learning rate" in message and "max_grad_norm below 1.0" in message
     after = dict(trainer.model.named_parameters())
     assert all(torch.equal(before[n], after[n]) or "up_proj" in n for n in before)
@@ -318,6 +322,43 @@ def test_training_stops_where_a_gradient_is_no_number_and_says_which(tiny):
         trainer.train(progress=False)
     assert "all weights are finite; 1 of" in str(error.value)
     assert "first norm.weight" in str(error.value) and "checkpoint: none" in str(error.value)
+
+
+class BadGradient(torch.autograd.Function):
+    """The identity; its gradient is NaN."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.nan
+
+
+def test_one_bad_gradient_does_not_hide_the_good_ones(tiny):
+    """Behind block 0's feed-forward all gradients are finite: clipping must not make them NaN."""
+    trainer = Trainer(tiny())
+    trainer.model.blocks[0].mlp.register_forward_hook(lambda mlp, given, out: BadGradient.apply(out))
+    with pytest.raises(TrainingDiverged) as error:
+        trainer.train(progress=False)
+    assert "all weights are finite" in str(error.value) and "first bad output" not in str(error.value)
+    assert "first embedding.weight, last blocks.0.mlp.down_proj.weight (" in str(error.value)
+
+
+def test_a_bad_write_is_named_by_block_and_memory(tiny, monkeypatch):
+    trainer = Trainer(tiny())
+    memory = trainer.model.blocks[1].memories["internal"]
+    write = type(memory).write
+
+    def bad_write(self, *arguments, **options):
+        state = write(self, *arguments, **options)
+        return state.map(lambda part: part * math.nan) if self is memory else state
+
+    monkeypatch.setattr(type(memory), "write", bad_write)
+    message = "first bad output in the forward pass: of blocks.1.memories.internal.slots"
+    with pytest.raises(TrainingDiverged, match=message):
+        trainer.train(progress=False)
 
 
 def test_a_vocabulary_too_small_for_the_task_is_refused(tiny):

@@ -27,10 +27,16 @@ def fill_missing(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def clip(parameters: Iterable[nn.Parameter], limit: float, ranks: Ranks) -> float:
-    """Scale all gradients by limit / norm if their norm is above the limit; returns the norm before it."""
+    """Scale all gradients by limit / norm if their norm is above the limit; returns the norm before it.
+
+    A norm that is NaN scales nothing, so that the gradients still show which of them are bad.
+    """
     found = [p for p in parameters if p.grad is not None]
     if ranks.mesh is None:
-        return float(nn.utils.clip_grad_norm_(found, limit))
+        total = nn.utils.get_total_norm([p.grad for p in found if p.grad is not None])
+        if not total.isnan():
+            nn.utils.clip_grads_with_norm_(found, limit, total)
+        return float(total)
     norm = gradient_norm([p.grad for p in found if p.grad is not None], ranks)
     factor = min(1.0, limit / (norm + 1e-6))
     for p in found:

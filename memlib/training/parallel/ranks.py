@@ -46,6 +46,11 @@ class Ranks:
         return 0 if self.mesh is None else self.mesh[axis].get_local_rank()
 
     @property
+    def count(self) -> int:
+        """Processes of the run."""
+        return 1 if self.mesh is None else dist.get_world_size()
+
+    @property
     def data_size(self) -> int:
         """Data-parallel ranks."""
         return self.size("replicate") * self.size("shard")

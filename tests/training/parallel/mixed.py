@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from memlib.config import load_config, override
 from memlib.nn.mlp import MLP
-from memlib.training.trainer import Trainer
+from memlib.training.trainer import Trainer, TrainingDiverged
 
 LAYOUTS = {
     "ddp": {},
@@ -52,6 +52,21 @@ def run(changes: dict[str, object], overflow_at: int | None = None, steps: int =
     return records
 
 
+def diverged(changes: dict[str, object]) -> str:
+    """What this process says where only the last one's rows give no number, in the second step."""
+    trainer = Trainer(override(load_config("recall_internal"), SMALL | changes))
+    trainer.train_step()
+    trainer.step += 1
+    if dist.get_rank() == dist.get_world_size() - 1:
+        first = next(module for module in trainer.model.modules() if isinstance(module, MLP))
+        first.register_forward_hook(lambda mlp, given, output: output * torch.nan)
+    try:
+        trainer.train_step()
+    except TrainingDiverged as error:
+        return str(error)
+    return "went on"
+
+
 def local(parameter: torch.Tensor) -> torch.Tensor:
     """This process's part: comparing whole ones would be a message."""
     whole = parameter.detach()
@@ -70,6 +85,10 @@ def one_process(rank: int, folder: str) -> None:
         found = run(changes | {"parallel.mixed_precision": "fp16"}, overflow_at=1)
         dist.all_gather_object(everyone, found)
         results[f"overflow {layout}"] = everyone
+    for layout in ("ddp", "fsdp"):
+        messages: list[object] = [None, None]
+        dist.all_gather_object(messages, diverged(LAYOUTS[layout]))
+        results[f"diverged {layout}"] = messages
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(results), encoding="utf-8")
     dist.destroy_process_group()

@@ -43,6 +43,7 @@ PAIRS = {
     "chapters": [("2-experts", "1"), ("1", "2-experts"), ("2-experts", "4"), ("2-experts", "2-experts")],
     "dropout": [("2", "2")],
     "async": [("2", "2")],
+    "lanes": [("1", "2"), ("2", "1"), ("2", "2")],
 }
 CHANGES: dict[str, dict[str, object]] = {
     "internal": {"training.horizon": 1},
@@ -59,6 +60,7 @@ CHANGES: dict[str, dict[str, object]] = {
     },
     "dropout": {"model.dropout": 0.2},
     "async": {"training.async_save": True, "training.save_steps": 1},
+    "lanes": {"task.text.documents": "lanes", "training.gradient_accumulation_steps": 2},
 }
 
 
@@ -70,7 +72,7 @@ def config_of(folder: Path, case: str, layout: str) -> Config:
         | {
             "task.name": "text",
             "task.segments": 2,
-            "task.text.dataset": str(folder / "verses.txt"),
+            "task.text.dataset": str(folder / ("files" if case == "lanes" else "verses.txt")),
             "model.vocab_size": 256,
             "model.hidden_dim": 32,
             "training.max_steps": STEPS,
@@ -109,9 +111,12 @@ def copy_halves(folder: Path) -> None:
 
 
 def write_text_of(folder: Path) -> None:
-    """The text that all runs in a folder read."""
+    """The text that all runs in a folder read, and the documents of those with lanes."""
     text = "".join(f"{i} green bottles, hanging on the wall. " for i in range(600))
     (folder / "verses.txt").write_text(text, encoding="utf-8")
+    (folder / "files").mkdir()
+    for i in range(24):
+        (folder / "files" / f"{i:02}.txt").write_text(text[40 * i :][: 5 + 37 * i % 29], encoding="utf-8")
 
 
 def main(folder: Path) -> None:

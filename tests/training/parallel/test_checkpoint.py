@@ -42,7 +42,7 @@ def losses(run):
 
 @pytest.mark.parametrize(
     ("case", "saved", "layout"),
-    [(c, *pair) for c in ("internal", "curriculum", "chapters") for pair in PAIRS[c]],
+    [(c, *pair) for c in ("internal", "curriculum", "chapters", "lanes") for pair in PAIRS[c]],
 )
 def test_any_number_of_processes_continues_a_run_like_one_that_was_not_interrupted(runs, case, saved, layout):
     want, got = losses(runs / case / "1"), losses(runs / case / f"{saved}-{layout}")
@@ -65,7 +65,7 @@ def test_the_carried_memory_matters_to_those_losses(runs, tmp_path):
 @pytest.mark.parametrize(
     ("case", "layout"),
     [("internal", "2"), ("internal", "2-tensor"), ("internal", "2-stages"), ("internal", "4")]
-    + [("chapters", "2-experts"), ("dropout", "2"), ("async", "2")],
+    + [("chapters", "2-experts"), ("dropout", "2"), ("async", "2"), ("lanes", "2")],
 )
 def test_the_same_processes_continue_bit_for_bit(runs, case, layout):
     """All tensors are equal: weights, optimizer, memory and every rank's generators."""
@@ -73,6 +73,17 @@ def test_the_same_processes_continue_bit_for_bit(runs, case, layout):
     assert same(tensors(latest_checkpoint(straight)), tensors(latest_checkpoint(resumed))) == []
     want = losses(straight)
     assert losses(resumed) == {step: want[step] for step in range(HALF + 1, STEPS + 1)}
+
+
+def test_lanes_were_saved_inside_documents_of_both_processes_and_have_padding(runs):
+    """So the tests above would see a lost memory, and a mask or the start of a document on a wrong row."""
+    trainer = Trainer(config_of(runs, "lanes", "1"))
+    batches = [trainer.task.batch(4, i, trainer.config.training.seed) for i in range(2 * STEPS)]
+    assert bool((~batches[2 * HALF].starts).view(2, 2).any(1).all())
+    for rows in (slice(0, 2), slice(2, 4)):
+        after = [batch.rows(rows) for batch in batches[2 * HALF :]]
+        assert any(bool((~batch.mask).any()) for batch in after)
+        assert any(bool(batch.fresh[:, 1:].any()) for batch in after)
 
 
 def test_a_save_in_the_background_is_of_its_step(runs):

@@ -10,7 +10,9 @@ import torch
 
 from memlib.config import ConfigError, load_config
 from memlib.memory import MEMORIES
-from memlib.training.parallel.ranks import check_launch
+from memlib.models.stores import attach_stores
+from memlib.training.parallel.ranks import Ranks, check_launch
+from memlib.training.trainer import Trainer
 from tests.laws.cases import BATCH, SEGMENT, VOCAB, cases
 from tests.training.parallel.mutants import MUTANTS
 
@@ -60,3 +62,12 @@ def test_what_accelerate_would_leave_out_in_silence_is_refused(monkeypatch):
     check_launch(config, 2)
     with pytest.raises(ConfigError, match=r"the launcher started 1; use torchrun"):
         check_launch(config, 1)
+
+
+def test_a_store_is_refused_where_several_processes_train(monkeypatch):
+    """The place of a state in a store names a file of one process."""
+    trainer = Trainer(load_config("recall_external"))
+    attach_stores(trainer.model)
+    monkeypatch.setattr(Ranks, "count", 2)
+    with pytest.raises(ConfigError, match="2 processes train it"):
+        trainer.train(progress=False)

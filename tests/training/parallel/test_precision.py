@@ -1,6 +1,7 @@
 """bf16 and fp16 train like float32 in every layout; an overflow on one process is left out by all."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,3 +36,12 @@ def test_an_overflow_on_one_process_is_left_out_by_all(results, layout):
         assert [record["loss_scale"] for record in records] == [2**16, 2**15, 2**15, 2**15]
         assert records[1]["unchanged"]
         assert records[3]["loss"] == pytest.approx(results["none"][3]["loss"], rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_a_number_that_is_none_on_one_process_stops_all_and_is_named(results, layout):
+    first, second = results[f"diverged {layout}"]
+    assert first == second and "step 1: loss nan" in first
+    assert "rank 0: all weights are finite" in first
+    assert re.search("rank 1: .*first bad output in the forward pass: of blocks.0.mlp", first)
