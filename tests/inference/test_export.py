@@ -58,7 +58,7 @@ def same(got, want):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["baseline", "hds, ltm, external"])
+@pytest.mark.parametrize("case", ["baseline", "baseline-window", "hds, ltm, external"])
 @torch.no_grad()
 def test_logits_and_state_are_the_models(case, compiler, tmp_path):
     """Over six segments of three streams, in one layer.
