@@ -94,7 +94,10 @@ def fingerprint(model: RecurrentModel, version: int = 3) -> str:
     memory = to_dict(model.config.memory)
     kept = {*model.config.memory.kinds, *(KINDS_OF_0_1 if version < 3 else ())}
     memory = {name: value for name, value in memory.items() if name in kept or not isinstance(value, dict)}
-    config = [to_dict(model.config.model), memory]
+    size = to_dict(model.config.model)
+    if size["attention_window"] is None:  # an option that states of earlier versions do not know
+        del size["attention_window"]
+    config = [size, memory]
     if model.config.adapter.base_model_name is not None:
         config.append(to_dict(model.config.adapter))
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
