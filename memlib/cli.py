@@ -71,6 +71,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def add_config(command: argparse.ArgumentParser, change: str, presets: str = "") -> None:
+    """Arguments of a command that reads a configuration; change: an example."""
+    command.add_argument("config", help=f"a YAML file or a preset{presets}")
+    command.add_argument("changes", nargs="*", metavar="path=value", help=f"e.g. {change}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="memlib",
@@ -81,8 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("train", help="train a configuration")
-    command.add_argument("config", help="a YAML file or a preset: " + ", ".join(preset_names()))
-    command.add_argument("changes", nargs="*", metavar="path=value", help="e.g. training.max_steps=100")
+    add_config(command, "training.max_steps=100", ": " + ", ".join(preset_names()))
     command.add_argument("--seeds", type=int, nargs="+", help="one run per seed (default: the config's seed)")
     command.add_argument("--out", type=Path, help="folder of the run(s) (default: runs/CONFIG)")
     command.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
@@ -99,20 +104,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=consolidate)
 
     command = commands.add_parser("plan", help="estimate the memory of one rank of a training run")
-    command.add_argument("config", help="a YAML file or a preset")
-    command.add_argument(
-        "changes", nargs="*", metavar="path=value", help="e.g. parallel.mixed_precision=bf16"
-    )
+    add_config(command, "parallel.mixed_precision=bf16")
     command.add_argument("--ranks", type=int, default=1, help="processes of the run, one for each GPU")
     command.add_argument("--memory-gib", type=float, default=80.0, help="memory of a GPU (default: 80)")
     command.add_argument("--json", type=Path, help="also write the result here")
     command.set_defaults(run=plan)
 
     command = commands.add_parser("launch", help="write the file that starts a run on Slurm or Kubernetes")
-    command.add_argument("config", help="a YAML file or a preset")
-    command.add_argument(
-        "changes", nargs="*", metavar="path=value", help="e.g. parallel.mixed_precision=bf16"
-    )
+    add_config(command, "parallel.mixed_precision=bf16")
     system = command.add_mutually_exclusive_group(required=True)
     system.add_argument(
         "--slurm", dest="system", action="store_const", const="slurm", help="an sbatch script"
@@ -250,8 +249,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("config", help="show, check or document configurations")
     what = command.add_subparsers(required=True, metavar="WHAT")
     show = what.add_parser("show", help="print every field of a configuration")
-    show.add_argument("config", help="a YAML file or a preset")
-    show.add_argument("changes", nargs="*", metavar="path=value", help="e.g. model.num_layers=4")
+    add_config(show, "model.num_layers=4")
     show.set_defaults(run=config_show)
     validate = what.add_parser("validate", help="check YAML files or presets")
     validate.add_argument("configs", nargs="+", help="YAML files or presets")

@@ -11,13 +11,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from memlib.models.block import BlockOutput, TransformerBlock
 from memlib.training.checkpoint import latest_checkpoint
-from memlib.training.parallel.ranks import Ranks
+from memlib.training.parallel.ranks import Ranks, local
 
 
 class TrainingDiverged(RuntimeError):
@@ -71,9 +70,7 @@ def check_finite(
 
 def bad(tensor: Tensor | None) -> bool:
     """Whether this process's part of a tensor holds NaN or an infinity."""
-    if tensor is None:
-        return False
-    return not bool(torch.isfinite(tensor.to_local() if isinstance(tensor, DTensor) else tensor).all())
+    return tensor is not None and not bool(torch.isfinite(local(tensor)).all())
 
 
 @contextmanager

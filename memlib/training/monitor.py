@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from memlib import __version__
 from memlib.config import Config
 from memlib.nn.hook_point import HookPoint
+from memlib.training.parallel.apply import DTYPES
 from memlib.training.parallel.ranks import Ranks
 
 GATES = ("fusion.weight", "writer.input", "writer.forget")
-DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Monitor:
@@ -39,7 +39,7 @@ class Monitor:
 
     def __init__(self, model: nn.Module, config: Config, ranks: Ranks, parameters: int) -> None:
         size = config.model
-        self.ranks, self.dtype = ranks, DTYPES[config.parallel.mixed_precision]
+        self.ranks, self.dtype = ranks, DTYPES[config.parallel.mixed_precision] or torch.float32
         attention = 12 * size.num_layers * size.hidden_dim * size.segment_length
         self.flops_per_token = 6 * parameters + attention
         self.points = {

@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from memlib.training.parallel.ranks import local
+
 
 class Allocations(TorchDispatchMode):
     """Record allocations and releases while it is entered.
@@ -110,7 +112,7 @@ class Allocations(TorchDispatchMode):
 
 def storage_of(tensor: Tensor) -> UntypedStorage:
     """The storage of a tensor, or of this process's part of it."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+    return local(tensor).untyped_storage()
 
 
 def local_bytes(tensors: Iterable[Tensor]) -> int:

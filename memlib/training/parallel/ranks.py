@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from memlib.config import Config, ConfigError
 
@@ -129,6 +130,11 @@ def join(config: Config) -> Ranks:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return Ranks(device, make_mesh(config, device, world), dist.new_group(backend="gloo"))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, without a message to the others."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def make_mesh(config: Config, device: torch.device, world: int) -> DeviceMesh:

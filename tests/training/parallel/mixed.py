@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
-from torch.distributed.tensor import DTensor
 
 from memlib.config import load_config, override
 from memlib.nn.mlp import MLP
+from memlib.training.parallel.ranks import local
 from memlib.training.trainer import Trainer, TrainingDiverged
 
 LAYOUTS = {
@@ -40,11 +40,11 @@ def run(changes: dict[str, object], overflow_at: int | None = None, steps: int =
         if step == overflow_at and dist.get_rank() == dist.get_world_size() - 1:
             last = [module for module in trainer.model.modules() if isinstance(module, MLP)][-1]
             hook = last.register_forward_hook(lambda mlp, given, output: output * torch.inf)
-        before = [local(p).clone() for p in trainer.model.parameters()]
+        before = [local(p.detach()).clone() for p in trainer.model.parameters()]
         records.append(trainer.train_step())
         trainer.step += 1
         if step == overflow_at:
-            after = [local(p) for p in trainer.model.parameters()]
+            after = [local(p.detach()) for p in trainer.model.parameters()]
             same = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
             records[-1]["unchanged"] = all(same)
             if dist.get_rank() == dist.get_world_size() - 1:
@@ -65,12 +65,6 @@ def diverged(changes: dict[str, object]) -> str:
     except TrainingDiverged as error:
         return str(error)
     return "went on"
-
-
-def local(parameter: torch.Tensor) -> torch.Tensor:
-    """This process's part: comparing whole ones would be a message."""
-    whole = parameter.detach()
-    return whole.to_local() if isinstance(whole, DTensor) else whole
 
 
 def one_process(rank: int, folder: str) -> None:

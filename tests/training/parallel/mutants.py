@@ -23,14 +23,14 @@ from memlib.models import MemoryTransformer
 from memlib.nn.noise import Noise
 from memlib.training import trainer as training
 from memlib.training.parallel import apply, experts, pipeline
-from memlib.training.parallel.ranks import Ranks
+from memlib.training.parallel.ranks import Ranks, local
 from tests.laws.cases import stir
 from tests.training.parallel import layouts
 from tests.training.parallel.layouts import LAYOUTS, chosen, compare, curve
 
 
 def clips_by_its_own_norm(parameters, limit, ranks):
-    gradients = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in parameters]
+    gradients = [local(p.grad) for p in parameters]
     norm = float(nn.utils.get_total_norm(gradients))
     for gradient in gradients:
         gradient.mul_(min(1.0, limit / (norm + 1e-6)))

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,17 +14,14 @@ from memlib.training.log import read_log
 from memlib.training.trainer import Trainer, consolidate, load_model, load_run
 from tests.training.parallel.resharding import HALF, PAIRS, STEPS, config_of
 from tests.training.parallel.shards import same, tensors
-
-ROOT = Path(__file__).parents[3]
+from tests.training.parallel.started import run_module
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """All runs of resharding.py, made once."""
     folder = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, "-m", "tests.training.parallel.resharding", str(folder)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_module("resharding", folder, timeout=500)
     return folder
 
 
@@ -186,10 +181,7 @@ def test_an_incomplete_checkpoint_is_ignored_and_removed_by_the_next_save(sharde
 
 
 def test_killed_at_random_moments_a_run_goes_on_and_ends_bit_for_bit_the_same(tmp_path):
-    command = [sys.executable, "-m", "tests.training.parallel.kills", str(tmp_path), "20"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0, result.stderr[-3000:]
-    found = json.loads(result.stdout.splitlines()[-1])
+    found = json.loads(run_module("kills", tmp_path, 20, timeout=500).splitlines()[-1])
     assert (
         found["kills"] == 20
         and found["during a save"] >= 3

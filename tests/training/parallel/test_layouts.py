@@ -1,13 +1,11 @@
 """Every layout trains every memory like one process: loss, accuracy, gradient norm, evaluation."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.training.parallel.started import run_module
+
 REFUSED = {  # a layout's name, a case's name -> why
     ("1f1b", "chapters"): "adds a loss of the whole batch",
     ("1f1b", "internal, shared"): "share a InternalMemory's state",
@@ -29,9 +27,7 @@ REFUSED |= {
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_all_layouts_train_like_one_process(tmp_path, world):
-    command = [sys.executable, "-m", "tests.training.parallel.layouts", str(world), str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_module("layouts", world, tmp_path, timeout=500)
     gaps = json.loads((tmp_path / "gaps.json").read_text(encoding="utf-8"))
     assert len(gaps) >= {2: 70, 4: 15, 8: 1}[world]
     for name, gap in gaps.items():

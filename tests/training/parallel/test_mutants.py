@@ -1,9 +1,6 @@
 """Known faults of training on several processes: each is found by the comparison with one process."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,16 +12,13 @@ from memlib.training.parallel.ranks import Ranks, check_launch
 from memlib.training.trainer import Trainer
 from tests.laws.cases import BATCH, SEGMENT, VOCAB, cases
 from tests.training.parallel.mutants import MUTANTS
-
-ROOT = Path(__file__).parents[3]
+from tests.training.parallel.started import run_module
 
 
 @pytest.fixture(scope="module")
 def gaps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mutants")
-    command = [sys.executable, "-m", "tests.training.parallel.mutants", str(folder)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_module("mutants", folder, timeout=300)
     return json.loads((folder / "gaps.json").read_text(encoding="utf-8"))
 
 

@@ -1,8 +1,6 @@
 """Estimates of memory agree with real runs; bytes of parameters are exact; other models are refused."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from memlib.config import ConfigError, load_config, override
 from memlib.models import MemoryTransformer
 from memlib.training.parallel.allocations import Allocations
 from memlib.training.parallel.plan import advice, make_plan
+from tests.training.parallel.started import run_module
 
 ROOT = Path(__file__).parents[3]
 FSDP = {"parallel.distributed_strategy": "fsdp"}
@@ -25,9 +24,7 @@ def planned(name, ranks, changes=None, **options):
 
 @pytest.mark.slow
 def test_estimates_agree_with_the_allocators_peak_in_real_runs(tmp_path):
-    command = [sys.executable, "-m", "tests.training.parallel.peak", str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_module("peak", tmp_path, timeout=400)
     peaks = json.loads((tmp_path / "peaks.json").read_text(encoding="utf-8"))
     assert len(peaks) == 4
     for name, (estimate, real) in peaks.items():

@@ -2,22 +2,18 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.training.parallel.started import run_module
+
 LAYOUTS = ("ddp", "fsdp", "tensor", "1f1b")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixed")
-    command = [sys.executable, "-m", "tests.training.parallel.mixed", str(folder)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_module("mixed", folder, timeout=300)
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
